@@ -1,0 +1,27 @@
+"""A notebook course that builds a modern language model, and the small library it becomes.
+
+Modules:
+
+- `optimus.attention`: Let every position read a weighted mean of the positions before it.
+- `optimus.checkpoint`: Write down everything the next step depends on, whole or not at all, and load only what proves to be undamaged.
+- `optimus.data`: Turn documents into one long row of token ids on disk, and make the batch at a step a pure function of (seed, step).
+- `optimus.rope`: Turn each query and key by an angle proportional to its position: their dot product then sees only the distance."""
+
+from optimus.attention import GroupedQueryAttention
+from optimus.cache import KVCache, LatentCache
+from optimus.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
+from optimus.config import ModelConfig, TrainingConfig
+from optimus.data import load_corpus, load_tokenizer
+from optimus.feedforward import SwiGLU
+from optimus.generation import generate, stream
+from optimus.mla import MultiHeadLatentAttention
+from optimus.norm import RMSNorm
+from optimus.rope import apply_rope
+from optimus.training import train
+from optimus.transformer import LanguageModel, MLATransformerBlock, TransformerBlock
+
+__all__ = [
+    "CheckpointError", "GroupedQueryAttention", "KVCache", "LanguageModel", "LatentCache", "MLATransformerBlock", "ModelConfig",
+    "MultiHeadLatentAttention", "RMSNorm", "SwiGLU", "TrainingConfig", "TransformerBlock", "apply_rope", "generate",
+    "latest_checkpoint", "load_checkpoint", "load_corpus", "load_tokenizer", "save_checkpoint", "stream", "train",
+]

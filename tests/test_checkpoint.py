@@ -1,0 +1,189 @@
+"""What must stay true of optimus.checkpoint. Derived in notebooks/11_checkpoints.ipynb."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from optimus import LanguageModel, ModelConfig
+from optimus.checkpoint import (CheckpointError, latest_checkpoint, load_checkpoint, problem, prune, remove_leftovers, save_checkpoint,
+                                step_folders)
+from optimus.data import train_tokenizer
+
+CONFIG = ModelConfig(vocab_size=300, embedding_dim=32, num_layers=2, num_attention_heads=2, rope_seq_len=64, dropout=0.2)
+FILES = ["config.json", "manifest.json", "model.safetensors", "tokenizer.json", "train_state.pt", "trainer_state.json"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return LanguageModel(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(): return train_tokenizer(["some words to learn from, some words more"], 270)
+
+
+def save(run, model, step, tokenizer=None, **options):
+    state = {"optimizer": {"state": {0: {"mean": torch.full((3,), float(step))}}}, "list": [1, 2.5, None, "text"]}
+    return save_checkpoint(run, model, step, tokenizer=tokenizer, trainer_state={"seed": 7}, train_state=state, **options)
+
+
+@pytest.fixture
+def run(tmp_path, model, tokenizer):
+    """A run folder with checkpoints at steps 1, 2 and 3."""
+    for step in (1, 2, 3): save(tmp_path / "run", model, step, tokenizer)
+    return tmp_path / "run"
+
+
+def test_what_was_saved_comes_back(run, model, tokenizer):
+    assert sorted(os.listdir(run / "step-00000003")) == FILES
+    c = load_checkpoint(run / "step-00000003")
+    assert (c.step, c.trainer_state["seed"], c.model.config) == (3, 7, CONFIG)
+    assert c.train_state["list"] == [1, 2.5, None, "text"] and c.train_state["optimizer"]["state"][0]["mean"].tolist() == [3.0] * 3
+    assert c.tokenizer.encode("words") == tokenizer.encode("words")
+    mine, theirs = model.state_dict(), c.model.state_dict()
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+    assert c.model.head.weight.data_ptr() == c.model.embedding.weight.data_ptr()
+
+
+def test_the_newest_is_found_in_a_run_and_below_a_folder_of_runs(run, model):
+    assert latest_checkpoint(run) == run / "step-00000003"
+    assert latest_checkpoint(run.parent) == run / "step-00000003"
+    other = save(run.parent / "other", model, 1)
+    os.utime(other, (2e9, 2e9))
+    assert latest_checkpoint(run.parent) == other
+    assert latest_checkpoint(run.parent / "nowhere") is None
+
+
+@pytest.mark.parametrize("name", [f for f in FILES if f != "manifest.json"])
+@pytest.mark.parametrize("fault", ["bit", "truncated", "missing"])
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(run, name, fault):
+    path = run / "step-00000003" / name
+    data = bytearray(path.read_bytes())
+    if fault == "bit": data[len(data) // 2] ^= 1
+    if fault == "truncated": data = data[:-1]
+    path.unlink() if fault == "missing" else path.write_bytes(data)
+    with pytest.warns(UserWarning, match=f"step-00000003: {name}"): assert latest_checkpoint(run) == run / "step-00000002"
+    with pytest.raises(CheckpointError, match=name): load_checkpoint(run / "step-00000003")
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"model.safetensors": 1, "config.json": 2}', "escape", "link"])
+def test_a_bad_manifest_disqualifies(run, text, tmp_path):
+    folder = run / "step-00000003"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    secret = tmp_path / "secret"
+    secret.write_text("outside")
+    if text == "escape": text = json.dumps({**manifest, "../../secret": {"bytes": 7, "sha256": "0"}})
+    if text == "link":
+        (folder / "trainer_state.json").unlink()
+        (folder / "trainer_state.json").symlink_to(secret)
+        text = json.dumps(manifest)
+    (folder / "manifest.json").unlink() if text is None else (folder / "manifest.json").write_text(text)
+    opened = []
+    with pytest.warns(UserWarning, match="step-00000003"): assert latest_checkpoint(run) == run / "step-00000002"
+    assert problem(folder) is not None and opened == []
+
+
+def test_when_all_are_damaged_nothing_starts_over(run):
+    for folder in step_folders(run): (folder / "config.json").write_text("{}")
+    with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="all 3 checkpoints"): latest_checkpoint(run)
+
+
+def test_the_last_k_and_the_best_stay(tmp_path, model):
+    for step in range(1, 8): save(tmp_path, model, step, keep_last=2, best_step=3)
+    assert [p.name[-1] for p in step_folders(tmp_path)] == ["3", "6", "7"]
+
+
+def test_a_delete_that_fails_is_only_a_warning(run, monkeypatch):
+    def refuse(*args, **kwargs): raise OSError("busy")
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.warns(UserWarning, match="could not delete.*busy"): prune(run, 1)
+    assert [p.name for p in step_folders(run)] == ["step-00000003"]
+
+
+def test_weights_that_are_not_finite_are_refused(run, tokenizer):
+    model = LanguageModel(CONFIG)
+    model.norm.weight.data[3] = float("nan")
+    before = sorted(os.listdir(run))
+    with pytest.raises(CheckpointError, match="refusing to save step 4: norm.weight holds NaN"): save(run, model, 4, tokenizer)
+    assert sorted(os.listdir(run)) == before
+
+
+def test_saving_a_step_again_replaces_it(run, model):
+    path = save_checkpoint(run, model, 3, trainer_state={"seed": 8})
+    assert load_checkpoint(path).trainer_state["seed"] == 8
+    assert [p.name for p in sorted(run.iterdir())] == ["step-00000001", "step-00000002", "step-00000003"]
+
+
+def test_leftovers_of_a_killed_save_are_no_checkpoints_and_go(run):
+    shutil.copytree(run / "step-00000003", run / ".half-step-00000004")
+    shutil.copytree(run / "step-00000003", run / ".old-step-00000001")
+    (run / ".keep").mkdir()
+    assert latest_checkpoint(run).name == "step-00000003"
+    assert sorted(remove_leftovers(run)) == [".half-step-00000004", ".old-step-00000001"]
+    assert (run / ".keep").is_dir() and not (run / ".half-step-00000004").exists()
+
+
+DISK_FULL = """
+import resource, sys, torch
+from optimus import LanguageModel
+from optimus.checkpoint import CheckpointError, save_checkpoint
+from tests_config import CONFIG
+model = LanguageModel(CONFIG)
+state = {"optimizer": torch.zeros(200_000)}
+save_checkpoint(sys.argv[1], model, 1, train_state=state)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+try: save_checkpoint(sys.argv[1], model, 2, train_state=state)
+except CheckpointError as error: print(error)
+"""
+
+
+@pytest.mark.parametrize("limit", [10_000, 500_000])  # in the weights, in the optimizer's state
+def test_a_full_disk_keeps_the_old_checkpoint_and_cleans_up(tmp_path, limit):
+    (tmp_path / "tests_config.py").write_text(f"from optimus import ModelConfig\nCONFIG = {CONFIG!r}\n")
+    run = tmp_path / "run"
+    out = subprocess.run([sys.executable, "-c", DISK_FULL, str(run), str(limit)], capture_output=True, text=True, cwd=tmp_path)
+    assert out.returncode == 0, out.stderr
+    assert "could not write the checkpoint" in out.stdout and str(run) in out.stdout and "bytes free" in out.stdout
+    assert os.listdir(run) == ["step-00000001"] and problem(run / "step-00000001") is None
+
+
+class Bomb:
+    def __init__(self, marker): self.marker = marker
+    def __reduce__(self): return (Path.touch, (self.marker,))
+
+
+def test_a_pickle_that_runs_code_is_refused_and_does_not_run(run, tmp_path):
+    folder, marker = run / "step-00000003", tmp_path / "ran"
+    torch.save({"optimizer": Bomb(marker)}, folder / "train_state.pt")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    from optimus.checkpoint import sha256_of
+    path = folder / "train_state.pt"
+    manifest["train_state.pt"] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="train_state.pt holds more than tensors"): load_checkpoint(folder)
+    assert not marker.exists()
+
+
+AUDIT = """
+import os, sys
+from optimus import LanguageModel, load_tokenizer
+folder, opened = sys.argv[1], []
+LanguageModel.from_pretrained(folder); load_tokenizer(folder)  # once, so that everything is imported
+sys.addaudithook(lambda event, args: opened.append(args[0]) if event == "open" else None)
+LanguageModel.from_pretrained(folder); load_tokenizer(folder)
+names = {os.path.basename(str(p)) for p in opened if str(p).startswith(folder)}
+print(sorted(names))
+"""
+
+
+def test_generation_opens_only_safetensors_and_json(run):
+    out = subprocess.run([sys.executable, "-c", AUDIT, str(run / "step-00000003")], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    opened = set(json.loads(out.stdout.replace("'", '"')))
+    assert opened <= {"config.json", "model.safetensors", "tokenizer.json"} and "config.json" in opened

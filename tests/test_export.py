@@ -1,0 +1,44 @@
+"""The package is what the notebooks export: nothing edited by hand, nothing forgotten."""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+HAND_WRITTEN = {"__init__.py", "cli.py"}
+
+
+def export(root: Path) -> dict[str, str]:
+    """Export the notebooks below `root` and return the text of every generated file."""
+    environment = {k: v for k, v in os.environ.items() if k != "IN_TEST"}  # with IN_TEST set, nbdev exports nothing
+    command = Path(sys.executable).with_name("nbdev-export")
+    subprocess.run([command], cwd=root, env=environment, check=True, capture_output=True)
+    return {p.name: p.read_text(encoding="utf-8") for p in (root / "optimus").glob("*.py") if p.name not in HAND_WRITTEN}
+
+
+def fresh_tree(folder: Path) -> Path:
+    """A copy of the project without any generated module."""
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    (folder / "optimus").mkdir()
+    for name in HAND_WRITTEN: shutil.copy(ROOT / "optimus" / name, folder / "optimus")
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    shutil.copy(ROOT / "README.md", folder)
+    return folder
+
+
+def test_package_equals_the_export_of_the_notebooks(tmp_path):
+    exported = export(fresh_tree(tmp_path))
+    here = {p.name: p.read_text(encoding="utf-8") for p in (ROOT / "optimus").glob("*.py") if p.name not in HAND_WRITTEN}
+    assert exported.keys() == here.keys()
+    differing = [name for name in exported if exported[name] != here[name]]
+    assert differing == [], f"run nbdev-export: {differing} differ from their notebooks"
+
+
+def test_a_changed_notebook_changes_the_export(tmp_path):
+    tree = fresh_tree(tmp_path)
+    notebook = next((tree / "notebooks").glob("02_*.ipynb"))
+    text = notebook.read_text(encoding="utf-8")
+    assert "class RMSNorm" in text
+    notebook.write_text(text.replace("class RMSNorm", "class RMSNorm2"), encoding="utf-8")
+    assert "class RMSNorm2" in export(tree)["norm.py"]

