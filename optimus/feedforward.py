@@ -14,13 +14,13 @@ from torch import Tensor, nn
 class SwiGLU(nn.Module):
     """Gated feed-forward layer, down(silu(gate(x)) * up(x)), no biases (arXiv:2002.05202, Eq. 6).
 
-    x: (..., dim), in the dtype of the weights or under autocast  ->  (..., dim). `hidden`: numbers in between.
+    x: (..., dim), in the dtype of the weights or under autocast  ->  (..., dim). `hidden`: width in between.
     `dropout` acts on the output (arXiv:1706.03762, Sec. 5.4; not in the SwiGLU paper), in training mode only.
-    Raises ValueError if the last axis of x is not dim, if dim or hidden is below 1, if dropout is not in [0, 1).
+    Raises ValueError for a last axis of x that is not dim, dim or hidden below 1, dropout outside [0, 1).
     """
     def __init__(self, dim: int, hidden: int, dropout: float = 0.0):
         super().__init__()
-        if min(dim, hidden) < 1: raise ValueError(f"dim and hidden must be at least 1, got {dim} and {hidden}")
+        if min(dim, hidden) < 1: raise ValueError(f"dim and hidden must be positive, got {dim} and {hidden}")
         if not 0 <= dropout < 1: raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.dim = dim
         self.gate_proj = nn.Linear(dim, hidden, bias=False)

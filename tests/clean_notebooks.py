@@ -12,6 +12,7 @@ from pathlib import Path
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
+WIDGET = "application/vnd.jupyter.widget-view+json"  # shows nothing without its kernel
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -21,7 +22,7 @@ METADATA = {
 def execute(nb):
     from nbclient import NotebookClient
 
-    NotebookClient(nb, timeout=600, kernel_name="python3",
+    NotebookClient(nb, timeout=600, kernel_name="python3", skip_cells_with_tag="nbval-skip",
                    resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
 
 
@@ -45,7 +46,8 @@ def clean(nb):
     for cell in nb.cells:
         cell.metadata = nbformat.from_dict({"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {})
         if cell.cell_type != "code": continue
-        cell.outputs = join_streams(cell.outputs)
+        if "nbval-skip" in cell.metadata.get("tags", []): cell.outputs, cell.execution_count = [], None
+        cell.outputs = [o for o in join_streams(cell.outputs) if WIDGET not in o.get("data", {})]
         ran = cell.execution_count is not None or cell.outputs
         count += bool(ran)
         cell.execution_count = count if ran else None
@@ -54,7 +56,6 @@ def clean(nb):
             if "metadata" in output: output.metadata = nbformat.from_dict({})
             if output.output_type == "stream":  # a progress bar rewrites its line: keep what was left on the screen
                 output.text = re.sub(r"[^\n]*\r(?!\n)", "", output.text)
-            if "data" in output: output.data.pop("application/vnd.jupyter.widget-view+json", None)
     nbformat.validate(nb)
     return nbformat.writes(nb, version=nbformat.NO_CONVERT) + "\n"
 

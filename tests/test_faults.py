@@ -1,0 +1,204 @@
+"""A run survives being killed, interrupted and pulled from its terminal. Derived in notebooks 11 and 12."""
+import ast
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from optimus.checkpoint import problem, step_folders
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class ForkServer:
+    """A process that has imported torch once and forks a training child for every request."""
+    def __init__(self, environment):
+        self.process = subprocess.Popen([sys.executable, ROOT / "tests" / "fork_server.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        text=True, env={**os.environ, **environment, "OMP_NUM_THREADS": "1"})
+
+    def start(self, **settings) -> int:
+        """Begin a child and return its process number."""
+        self.process.stdin.write(json.dumps(settings) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def wait(self) -> int: return int(self.process.stdout.readline())
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@pytest.fixture
+def server(tmp_path):
+    server = ForkServer({"OPTIMUS_CACHE": str(tmp_path / "cache")})
+    yield server
+    server.close()
+
+
+def logged(folder: Path) -> dict[int, str]:
+    """step -> the loss in the log, to the last bit; a line cut in the middle does not count."""
+    path = folder / "history.jsonl"
+    lines = path.read_text().splitlines(True) if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return {row["step"]: row["loss"].hex() for row in rows}
+
+
+def unfinished_save(folder: Path) -> bool:
+    return any(p.name.startswith((".half-", ".old-")) for p in folder.glob(".*"))
+
+
+def test_forty_kills_leave_the_curve_as_it_was(server, tmp_path):
+    places = {name: dict(checkpoint_dir=str(tmp_path / name), tensorboard_dir=str(tmp_path / f"{name}-runs"), run_name="run") for name in "ab"}
+    server.start(**places["a"])
+    assert server.wait() == 0
+    whole = logged(tmp_path / "a" / "run")
+    assert list(whole) == list(range(1, 41))
+
+    dice, folder = random.Random(0), tmp_path / "b" / "run"
+    kills = inside = finished = 0
+    seen = []
+    while kills < 40:
+        child = server.start(**places["b"])
+        time.sleep(dice.uniform(0.03, 0.3))
+        os.kill(child, signal.SIGKILL)
+        finished += server.wait() == 0
+        kills, inside = kills + 1, inside + unfinished_save(folder)
+        seen.append(logged(folder))
+        assert all(problem(p) is None for p in step_folders(folder)), "an unreadable checkpoint"
+        if len(seen[-1]) == 40:  # it was at the end: begin another run, and go on killing
+            os.rename(folder, folder.with_name(f"done-{kills}"))
+    server.start(**places["b"])
+    assert server.wait() == 0
+    seen.append(logged(folder))
+    assert list(seen[-1]) == list(range(1, 41))
+    for log in seen: assert all(whole[step] == loss for step, loss in log.items())
+    assert inside >= 5, f"only {inside} of 40 kills landed inside a save"
+    assert len({max(log, default=0) for log in seen}) > 5, "the kills did not come at different steps"
+    assert not unfinished_save(folder)
+
+
+def run_cli(tmp_path, *arguments, **options):
+    environment = {**os.environ, "OPTIMUS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-m", "optimus.cli", *arguments], cwd=tmp_path, env=environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+SMALL = ["--preset", "tiny", "--corpus", "corpus.txt", "--model.vocab-size", "300", "--model.embedding-dim", "32", "--model.num-layers", "2",
+         "--training.max-length", "16", "--training.num-workers", "0", "--training.sample-interval", "0", "--training.tokenizer", "None"]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    from fork_server import TEXTS
+
+    (tmp_path / "corpus.txt").write_text("\n<|endoftext|>\n".join(TEXTS))
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(tmp_path, corpus, number, code):
+    child = run_cli(tmp_path, "train", *SMALL, "--training.max-steps", "100000")
+    history = tmp_path / "checkpoints" / "run-001" / "history.jsonl"
+    for _ in range(600):
+        if history.exists() and history.read_text().count("\n") > 3: break
+        time.sleep(0.1)
+    child.send_signal(number)
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == code, err
+    steps = [json.loads(line)["step"] for line in history.read_text().splitlines()]
+    newest = step_folders(history.parent)[-1]
+    assert int(newest.name[5:]) == steps[-1] and problem(newest) is None
+    assert "optimus train --resume" in out and "Traceback" not in err
+    command = re.search(r"optimus train --resume(.*)", out)[1].split()
+    assert command == [*SMALL, "--training.max-steps", "100000"]
+
+
+def test_killed_by_hand_and_resumed_shows_one_curve(tmp_path, corpus):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    arguments = ["train", *SMALL, "--training.max-steps", "60", "--training.save-interval", "7"]
+    child = run_cli(tmp_path, *arguments)
+    history = tmp_path / "checkpoints" / "run-001" / "history.jsonl"
+    for _ in range(600):
+        if history.exists() and history.read_text().count("\n") >= 17: break
+        time.sleep(0.02)
+    child.kill()
+    child.communicate()
+    child = run_cli(tmp_path, *arguments, "--resume")
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == 0, err
+    assert [json.loads(line)["step"] for line in history.read_text().splitlines()] == list(range(1, 61))
+    events = EventAccumulator(str(tmp_path / "runs" / "run-001"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("loss")] == list(range(1, 61))
+
+
+def test_when_every_checkpoint_is_damaged_the_command_fails(tmp_path, corpus):
+    child = run_cli(tmp_path, "train", *SMALL, "--training.max-steps", "3")
+    assert child.wait(timeout=60) == 0
+    for folder in step_folders(tmp_path / "checkpoints" / "run-001"): (folder / "model.safetensors").write_bytes(b"damaged")
+    for arguments in (["train", *SMALL, "--training.max-steps", "3", "--resume"], ["generate", "the"]):
+        child = run_cli(tmp_path, *arguments)
+        out, err = child.communicate(timeout=60)
+        assert child.returncode == 1
+        assert "are damaged" in err and "Traceback" not in err
+    assert len(step_folders(tmp_path / "checkpoints" / "run-001")) == 1
+
+
+def test_interrupting_a_notebook_cell_keeps_the_kernel_and_the_result(tmp_path, monkeypatch):
+    import threading
+
+    import nbformat
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("OPTIMUS_CACHE", str(tmp_path / "cache"))
+    cells = [f"import os, sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+             "from fork_server import *\nfrom pathlib import Path\n"
+             f"Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
+             f"config = TrainingConfig(**CONFIG | dict(max_steps=10**6, save_interval=10**6, eval_interval=10**6, run_name='run',\n"
+             f"    checkpoint_dir={str(tmp_path / 'c')!r}, tensorboard_dir={str(tmp_path / 'r')!r}))",
+             "result = train(ModelConfig(**MODEL), config, corpus={'text': TEXTS}, tokenizer=train_tokenizer(TEXTS, 280), progress=False)",
+             "(result.stopped_by, result.checkpoint.is_dir(), len(result.history) > 3)"]
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+    client = NotebookClient(nb, timeout=60, kernel_name="python3")
+
+    def interrupt():
+        history = tmp_path / "c" / "run" / "history.jsonl"
+        while not (history.exists() and history.read_text().count("\n") > 5): time.sleep(0.05)
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGINT)  # what the stop button sends
+    threading.Thread(target=interrupt, daemon=True).start()
+    client.execute()
+    assert nb.cells[-1].outputs[0].data["text/plain"] == "(2, True, True)"
+
+
+# The source
+
+FORBIDDEN = re.compile(r"weights_only\s*=\s*False|trust_remote_code\s*=\s*True|shell\s*=\s*True")
+
+
+def dangerous(source: str) -> list[str]:
+    """What a source does that can run code from data."""
+    found = [m[0] for m in FORBIDDEN.finditer(source)]
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call): continue
+        name = ast.unparse(node.func)
+        if name in {"eval", "exec", "os.system", "pickle.load", "pickle.loads", "marshal.loads", "dill.load", "joblib.load"}: found.append(name)
+        if name == "torch.load" and not any(k.arg == "weights_only" for k in node.keywords): found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "optimus").glob("*.py")), ids=lambda p: p.name)
+def test_nothing_that_is_read_can_run_code(path):
+    assert dangerous(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("line", ["torch.load(p)", "torch.load(p, weights_only=False)", "eval(x)", "pickle.load(f)", "run(c, shell=True)",
+                                  "load(n, trust_remote_code = True)", "os.system('x')"])
+def test_the_guard_sees_what_it_is_for(line): assert dangerous(line)

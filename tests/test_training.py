@@ -1,0 +1,473 @@
+"""What must stay true of optimus.training. Derived in notebooks/12_training.ipynb."""
+import contextlib
+import json
+import math
+import threading
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from fork_server import CONFIG, MODEL, TEXTS
+
+from optimus import LanguageModel, ModelConfig, TrainingConfig, training
+from optimus.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, step_folders
+from optimus.data import Sequences, batches, prepare, train_tokenizer
+from optimus.training import (Muon, RunState, StopRequest, accumulate_gradients, amp_dtype, evaluate, learning_rate_at,
+                              make_optimizer, orthogonalize, train, train_step)
+
+PLAIN = contextlib.nullcontext()
+SMALL = ModelConfig(**MODEL)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(): return train_tokenizer(TEXTS, 280)
+
+
+@pytest.fixture
+def go(tmp_path, tokenizer, monkeypatch):
+    """Train the tiny model: go(run_name, resume, stop_at, model fields, settings)."""
+    monkeypatch.setenv("OPTIMUS_CACHE", str(tmp_path / "cache"))
+
+    def run(name="run", resume=False, stop=None, model=SMALL, texts=TEXTS, on_step=None, **settings):
+        config = TrainingConfig(**CONFIG | dict(checkpoint_dir=str(tmp_path / "checkpoints"), tensorboard_dir=str(tmp_path / "runs"),
+                                                run_name=name, save_interval=10) | settings)
+        end = on_step or (lambda row: row["step"] == stop)
+        return train(model, config, resume=resume, corpus={"text": texts}, tokenizer=tokenizer, progress=False, on_step=end)
+    return run
+
+
+@pytest.fixture
+def batch(): return torch.randint(280, (2, 7, 13), generator=torch.Generator().manual_seed(0))
+
+
+def tiny(seed=0, **fields):
+    torch.manual_seed(seed)
+    return LanguageModel(replace(SMALL, dropout=0.0, **fields))
+
+
+def gradient(model): return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def losses(result): return [row["loss"].hex() for row in result.history]
+
+
+# Schedule and optimizers
+
+@pytest.mark.parametrize("total, warmup", [(97, 0), (97, 13), (7, 7), (1, 0)])
+def test_schedule_agrees_with_transformers(total, warmup):
+    from transformers import get_cosine_schedule_with_warmup
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    theirs = get_cosine_schedule_with_warmup(optimizer, warmup, total)
+    for step in range(total):
+        assert learning_rate_at(step, total, warmup, 0.3) == pytest.approx(theirs.get_last_lr()[0], abs=1e-15)
+        optimizer.step()
+        theirs.step()
+
+
+def test_schedule_ends_at_the_floor_and_stays():
+    assert learning_rate_at(100, 100, 10, 1.0, 0.1) == learning_rate_at(500, 100, 10, 1.0, 0.1) == pytest.approx(0.1)
+    assert learning_rate_at(10, 100, 10, 1.0, 0.1) == 1.0
+
+
+@pytest.mark.parametrize("shape", [(17, 5), (5, 17), (11, 11)])
+def test_orthogonalize_keeps_directions_and_evens_out_lengths(shape):
+    torch.manual_seed(0)
+    G = torch.randn(shape)
+    U, S, V = torch.linalg.svd(G, full_matrices=False)
+    kept = U.T @ orthogonalize(G) @ V.T
+    assert (kept - kept.diag().diag()).abs().max() < 1e-3
+    assert 0.5 < kept.diag().min() and kept.diag().max() < 1.3
+
+
+def test_muon_groups_without_muon_are_adamw():
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.ones(5, 3)) for _ in range(2))
+    mine = Muon([dict(params=[ours])], lr=0.01, weight_decay=0.1)
+    reference = torch.optim.AdamW([theirs], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)
+    for _ in range(7):
+        ours.grad = theirs.grad = torch.randn(5, 3)
+        mine.step()
+        reference.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_muon_agrees_with_torch():
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.ones(13, 5)) for _ in range(2))
+    mine = Muon([dict(params=[ours], muon=True)], lr=0.02, weight_decay=0.1)
+    reference = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True)
+    for _ in range(3):
+        ours.grad = theirs.grad = torch.randn(13, 5)
+        mine.step()
+        reference.step()
+    assert (ours - theirs).norm() < 0.02 * (ours - 1).norm()  # theirs iterates in bfloat16
+
+
+@pytest.mark.parametrize("name, kind", [("adamw", torch.optim.AdamW), ("muon", Muon)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_matrices_decay_gains_do_not_and_each_parameter_is_in_one_group(name, kind, tied):
+    model = tiny(tie_embeddings=tied)
+    optimizer = make_optimizer(model, TrainingConfig(optimizer=name, weight_decay=0.1))
+    assert type(optimizer) is kind
+    grouped = [p for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
+    for group in optimizer.param_groups:
+        for p in group["params"]: assert group["weight_decay"] == (0.1 if p.ndim == 2 else 0.0)
+        if group.get("muon"): assert all(p is not model.embedding.weight and p is not model.head.weight for p in group["params"])
+
+
+def test_precision_follows_the_device(monkeypatch):
+    assert amp_dtype("auto", torch.device("cpu")) is None
+    assert amp_dtype("bf16", torch.device("cpu")) is torch.bfloat16
+    assert amp_dtype("off", torch.device("cuda")) is None
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        assert amp_dtype("auto", torch.device("cuda")) is dtype
+
+
+# One step
+
+@pytest.mark.parametrize("micro", [1, 2, 3, 5])
+def test_parts_of_any_size_give_the_gradient_of_the_whole(batch, micro):
+    x, y = batch
+    y = y.masked_fill(torch.rand(y.shape, generator=torch.Generator().manual_seed(1)) < 0.4, -100)
+    y[3] = -100  # a sequence without any target
+    whole, parts = tiny(), tiny()
+    expected = torch.nn.functional.cross_entropy(whole(x).flatten(0, 1), y.flatten())
+    expected.backward()
+    assert accumulate_gradients(parts, x, y, micro, PLAIN) == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(gradient(parts), gradient(whole), rtol=1e-4, atol=1e-6)
+
+
+def test_a_scaled_gradient_is_unscaled_before_it_is_clipped(batch):
+    config, steps = TrainingConfig(gradient_clip_val=0.05), []
+    for enabled in (False, True):
+        model = tiny()
+        run = RunState(model, torch.optim.SGD(model.parameters()), torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled), 7)
+        row = train_step(run, *batch, config, 0.1, PLAIN)
+        steps.append((row["gradient_norm"], row["loss"], gradient(model)))
+        assert gradient(model).norm() == pytest.approx(0.05, rel=1e-3)
+        assert run.updates == 1
+    assert steps[0][0] == pytest.approx(steps[1][0], rel=1e-4)
+    torch.testing.assert_close(steps[0][2], steps[1][2], rtol=1e-3, atol=1e-7)
+
+
+class Faulty:
+    """A model that raises or spoils its loss when asked to; everything else is the model's own."""
+    def __init__(self, model, fault): self.model, self.fault = model, fault
+    def __getattr__(self, name): return getattr(self.model, name)
+    def loss(self, x, y): return self.fault(x, self.model.loss(x, y))
+
+
+def memory_for(sequences):
+    def fault(x, loss):
+        if len(x) > sequences: raise torch.OutOfMemoryError("pretended")
+        return loss
+    return fault
+
+
+def test_out_of_memory_halves_the_parts_and_changes_nothing_else(batch):
+    config, ends = TrainingConfig(), []
+    for limit in (7, 2):
+        model = tiny()
+        run = RunState(Faulty(model, memory_for(limit)), make_optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False), 7)
+        row = train_step(run, *batch, config, 1e-3, PLAIN)
+        ends.append((row["loss"], run.micro_batch_size, gradient(model)))
+    assert [e[1] for e in ends] == [7, 2]
+    assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-5)
+    torch.testing.assert_close(ends[0][2], ends[1][2], rtol=1e-4, atol=1e-7)
+
+
+def test_out_of_memory_with_one_sequence_is_advice_and_other_errors_pass_through(batch):
+    config, model = TrainingConfig(), tiny()
+    run = RunState(Faulty(model, memory_for(0)), make_optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False), 7)
+    with pytest.raises(RuntimeError, match="out of memory with one sequence.*max_length.*checkpointing"): train_step(run, *batch, config, 1e-3, PLAIN)
+    calls = []
+
+    def broken(x, loss):
+        calls.append(len(x))
+        raise RuntimeError("something else")
+    run.model = Faulty(model, broken)
+    with pytest.raises(RuntimeError, match="something else"): train_step(run, *batch, config, 1e-3, PLAIN)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_step_that_is_not_finite_is_skipped_and_the_schedule_waits(batch, bad, scaled):
+    config, model = TrainingConfig(), tiny()
+    fault = Faulty(model, lambda x, loss: loss * bad)
+    run = RunState(fault, make_optimizer(model, config), torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled), 7)
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    train_step(run, *batch, config, 1e-3, PLAIN)
+    assert torch.equal(torch.cat([p.detach().flatten() for p in model.parameters()]), before)
+    assert (run.updates, run.bad_steps) == (0, 1)
+    assert run.scaler.get_scale() == (512.0 if scaled else 1.0)
+    run.model = model
+    train_step(run, *batch, config, 1e-3, PLAIN)
+    assert (run.updates, run.bad_steps) == (1, 0)
+
+
+def test_evaluation_is_the_mean_over_all_held_out_windows_and_restores_the_mode(go, tokenizer):
+    prepared = prepare({"text": TEXTS}, tokenizer, 0.5)
+    sequences, model = Sequences(prepared, "validation", 16), tiny().train()
+    pairs = [sequences[i] for i in range(len(sequences))]
+    x, y = (torch.stack(part) for part in zip(*pairs))
+    expected = torch.nn.functional.cross_entropy(model.eval()(x).flatten(0, 1), y.flatten()).item()
+    model.train()
+    for size in (1, 4, len(sequences)):
+        assert evaluate(model, sequences, size) == pytest.approx(expected, rel=1e-5)
+    assert model.training
+
+
+# The run
+
+def test_the_loss_falls_and_everything_is_written(go, tmp_path):
+    result = go()
+    assert [row["step"] for row in result.history] == list(range(1, 41))
+    assert result.history[-1]["loss"] < result.history[0]["loss"] - 1
+    last = result.history[-1]
+    assert last["bits_per_byte"] == pytest.approx(last["validation_loss"] / math.log(2) * result.corpus.tokens_per_byte)
+    assert sorted(p.name for p in result.checkpoint.iterdir()) == sorted(
+        ["model.safetensors", "config.json", "tokenizer.json", "trainer_state.json", "train_state.pt", "manifest.json"])
+    state = load_checkpoint(result.checkpoint).trainer_state
+    assert (state["step"], state["tokens"]) == (40, 40 * 4 * 16)
+    assert state["training_config"]["seed"] == 0 and state["corpus"]["fingerprint"] == result.corpus.fingerprint
+
+
+def test_the_same_settings_give_the_same_losses_and_another_seed_others(go):
+    a, b, c = go("a"), go("b"), go("c", seed=1)
+    assert losses(a) == losses(b) != losses(c)
+
+
+@pytest.mark.parametrize("stops", [[5], [5, 9], [13], [5, 9, 20, 33]])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stopped_run_continues_bit_for_bit(go, stops, workers):
+    whole = go("whole")
+    for i, stop in enumerate(stops): assert go("parts", resume=i > 0, stop=stop, num_workers=workers).checkpoint.name[-2:] == f"{stop:02d}"
+    parts = go("parts", resume=True, num_workers=workers)
+    assert losses(parts) == losses(whole)
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.state_dict().values(), parts.model.state_dict().values()))
+    epochs = 40 * 4 / len(Sequences(whole.corpus, "train", 16, 0))
+    assert epochs > 2
+
+
+ITEMS = {
+    "optimizer": lambda run, tensors, numbers: tensors.update(optimizer=run.optimizer.state_dict()),
+    "schedule": lambda run, tensors, numbers: numbers.update(updates=0),
+    "scaler": lambda run, tensors, numbers: tensors.update(scaler=run.scaler.state_dict()),
+    "random state": lambda run, tensors, numbers: tensors["rng"].update(cpu=torch.get_rng_state()),
+    "step": None,
+    "nothing": lambda run, tensors, numbers: None,
+}
+
+
+@pytest.mark.parametrize("item", ITEMS)
+def test_the_equality_fails_when_one_item_of_state_is_lost(go, monkeypatch, item):
+    """Proof that the tests above have teeth: float16 with a scaler, one overflow at step 3, stop at 9."""
+    monkeypatch.setattr(training, "amp_dtype", lambda amp, device: torch.float16 if amp == "fp16" else None)
+    monkeypatch.setattr(training, "autocast", lambda dtype, device: PLAIN)  # the scaler alone is enough here
+    original, calls = LanguageModel.loss, []
+
+    def loss(self, x, y):
+        value = original(self, x, y)
+        if self.training: calls.append(1)
+        return value * math.inf if self.training and len(calls) == 3 else value
+    monkeypatch.setattr(LanguageModel, "loss", loss)
+
+    def curve(result): return [(row["loss"].hex(), row["loss_scale"]) for row in result.history[9:]]
+    whole = go("whole", amp="fp16", max_steps=25)
+    calls.clear()
+    go("parts", stop=9, amp="fp16", max_steps=25)
+    restore = RunState.restore
+
+    def forgetful(self, tensors, numbers):
+        ITEMS[item](self, tensors, numbers)
+        restore(self, tensors, numbers)
+    if item == "step":
+        load = training.load_checkpoint
+        monkeypatch.setattr(training, "load_checkpoint", lambda path: replace_step(load(path), 0))
+    else: monkeypatch.setattr(RunState, "restore", forgetful)
+    parts = go("parts", resume=True, amp="fp16", max_steps=25)
+    assert (curve(parts) == curve(whole)) == (item == "nothing")
+
+
+def replace_step(checkpoint, step):
+    checkpoint.step = step
+    return checkpoint
+
+
+def test_an_existing_run_is_never_overwritten(go, tmp_path):
+    go("run", stop=3)
+    with pytest.raises(ValueError, match="run already holds a run; resume it"): go("run")
+    assert [go(None, stop=1).checkpoint.parent.name for _ in range(2)] == ["run-001", "run-002"]
+    assert go(None, resume=True, stop=2).checkpoint.parent.name == "run-002"
+
+
+def test_resume_without_any_checkpoint_starts_at_the_beginning(go):
+    assert go("new", resume=True, stop=2).history[0]["step"] == 1
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(learning_rate=1e-4), r"training_config.learning_rate was 0.005 .* is 0.0001 now"),
+    (dict(seed=5), "training_config.seed was 0 .* is 5 now"),
+    (dict(batch_size=2), "training_config.batch_size was 4 .* is 2 now"),
+    (dict(model=replace(SMALL, num_layers=3)), "model_config.num_layers was 2 .* is 3 now"),
+    (dict(texts=["edited", *TEXTS[1:]]), "corpus.fingerprint was"),
+])
+def test_another_run_cannot_be_resumed_by_mistake(go, change, words, monkeypatch):
+    go("run", stop=3)
+    monkeypatch.setattr(training, "load_checkpoint", None)  # refused before any tensor is read
+    with pytest.raises(ValueError, match=f"cannot resume: {words}"): go("run", resume=True, **change)
+
+
+def test_another_tokenizer_of_the_same_size_is_refused(go, tmp_path):
+    result = go("run", stop=3)
+    other = train_tokenizer([t[::-1] for t in TEXTS], len(result.tokenizer))
+    assert len(other) == len(result.tokenizer)
+    config = TrainingConfig(**load_checkpoint(result.checkpoint).trainer_state["training_config"])
+    with pytest.raises(ValueError, match="corpus.fingerprint"):
+        train(SMALL, config, resume=True, corpus={"text": TEXTS}, tokenizer=other, progress=False)
+
+
+def test_settings_that_change_no_number_may_change(go):
+    go("run", stop=3)
+    assert len(go("run", resume=True, num_workers=1, save_interval=20, keep_last=1, micro_batch_size=4).history) == 40
+
+
+def test_a_found_micro_batch_is_kept_on_resume(go, monkeypatch):
+    original = LanguageModel.loss
+
+    def loss(self, x, y):
+        if len(x) > 2: raise torch.OutOfMemoryError("pretended")
+        return original(self, x, y)
+    monkeypatch.setattr(LanguageModel, "loss", loss)
+    monkeypatch.setattr(training, "evaluate", lambda *a: 1.0)
+    path = go("run", stop=3).checkpoint
+    assert load_checkpoint(path).trainer_state["run"]["micro_batch_size"] == 2
+    tried = []
+    monkeypatch.setattr(LanguageModel, "loss", lambda self, x, y: tried.append(len(x)) or original(self, x, y))
+    go("run", resume=True, stop=4)
+    assert tried == [2, 2]
+
+
+def test_out_of_memory_leaves_the_curve_as_it_was(go, monkeypatch):
+    plain = go("plain", model=replace(SMALL, dropout=0.0))
+    original = LanguageModel.loss
+
+    def loss(self, x, y):
+        if self.training and len(x) > 2: raise torch.OutOfMemoryError("pretended")
+        return original(self, x, y)
+    monkeypatch.setattr(LanguageModel, "loss", loss)
+    small = go("small", model=replace(SMALL, dropout=0.0))
+    for a, b in zip(plain.history, small.history, strict=True): assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)
+    assert load_checkpoint(small.checkpoint).trainer_state["tokens"] == load_checkpoint(plain.checkpoint).trainer_state["tokens"]
+
+
+def test_ten_bad_steps_in_a_row_stop_with_everything_worth_knowing(go, monkeypatch):
+    original = LanguageModel.loss
+    calls = []
+
+    def loss(self, x, y):
+        if self.training: calls.append(1)
+        return original(self, x, y) * (math.nan if len(calls) > 12 and self.training else 1)
+    monkeypatch.setattr(LanguageModel, "loss", loss)
+    with pytest.raises(FloatingPointError, match=r"step 22: 10 steps in a row.*learning rate.*norm nan.*step-00000021"): go(save_interval=5, keep_last=9)
+    state = load_checkpoint(latest_checkpoint_of(go)).model.state_dict()
+    assert all(x.isfinite().all() for x in state.values())
+
+
+def latest_checkpoint_of(go):
+    folder = go.__closure__[[c.cell_contents.__class__.__name__ for c in go.__closure__].index("PosixPath")].cell_contents
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return latest_checkpoint(folder / "checkpoints")
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_before_the_first_step(go, tmp_path):
+    (tmp_path / "file").write_text("")
+    rows = []
+    with pytest.raises(CheckpointError, match="cannot write checkpoints in .*file"): go(checkpoint_dir=str(tmp_path / "file"), on_step=rows.append)
+    assert rows == []
+
+
+def test_the_best_and_the_last_checkpoints_stay(go, monkeypatch):
+    values = iter([3.0, 1.0, 2.0, 2.0, 2.0, 2.0])
+    monkeypatch.setattr(training, "evaluate", lambda *a: next(values))
+    folder = go(eval_interval=7, save_interval=100, keep_last=2).checkpoint.parent
+    assert [int(p.name[5:]) for p in step_folders(folder)] == [14, 35, 40]
+
+
+def test_tensorboard_shows_one_curve_after_a_resume(go, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    go("run", stop=25)
+    for folder in step_folders(tmp_path / "checkpoints" / "run")[2:]:  # as if it had been killed after step 20
+        import shutil
+        shutil.rmtree(folder)
+    resumed_at = int(step_folders(tmp_path / "checkpoints" / "run")[-1].name[5:])
+    assert resumed_at < 25
+    result = go("run", resume=True)
+    events = EventAccumulator(str(tmp_path / "runs" / "run"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("loss")] == list(range(1, 41))
+    for event, row in zip(events.Scalars("loss"), result.history): assert event.value == pytest.approx(row["loss"], rel=1e-6)
+    for name in ("learning_rate", "gradient_norm", "loss_scale", "tokens_per_second", "validation_loss", "bits_per_byte"):
+        assert events.Scalars(name)
+
+
+def test_history_is_one_json_object_a_line(go):
+    result = go(stop=5)
+    lines = (result.checkpoint.parent / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
+
+
+def test_training_in_a_thread_works(go):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(go(stop=3)))
+    thread.start()
+    thread.join()
+    assert results[0].history[-1]["step"] == 3
+
+
+def test_the_second_interrupt_stops_at_once():
+    import os
+    import signal
+
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_vocabulary_larger_than_the_model_is_refused_with_both_numbers(go, tokenizer):
+    with pytest.raises(ValueError, match=f"tokenizer has {len(tokenizer)} entries, so .* it is {len(tokenizer) - 1}"):
+        go(model=replace(SMALL, vocab_size=len(tokenizer) - 1))
+
+
+def test_samples_are_written_and_leave_the_curve_alone(go, tmp_path):
+    said = []
+    plain = go("plain")
+    config = TrainingConfig(**load_checkpoint(plain.checkpoint).trainer_state["training_config"])
+    talking = train(SMALL, replace(config, run_name="talking", sample_interval=8), corpus={"text": TEXTS}, tokenizer=plain.tokenizer,
+                    progress=False, say=said.append)
+    assert losses(plain) == losses(talking)
+    assert sum(s.startswith("sample: ") for s in said) == 5
+
+
+def test_batches_of_different_sizes_in_parts_see_the_same_sequences(go, tokenizer):
+    sequences = Sequences(prepare({"text": TEXTS}, tokenizer), "train", 16, seed=0)
+    one = torch.cat([x for x, _ in batches(sequences, 8, range(3))])
+    four = torch.cat([x for x, _ in batches(sequences, 2, range(12))])
+    assert torch.equal(one, four)
