@@ -221,6 +221,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'optimus.transformer.TransformerBlock.__init__': ( 'transformer.html#transformerblock.__init__',
                                                                                         'optimus/transformer.py'),
                                      'optimus.transformer.cache_for': ('transformer.html#cache_for', 'optimus/transformer.py'),
+                                     'optimus.transformer.check_positions': ('transformer.html#check_positions', 'optimus/transformer.py'),
                                      'optimus.transformer.check_targets': ('transformer.html#check_targets', 'optimus/transformer.py'),
                                      'optimus.transformer.check_tokens': ('transformer.html#check_tokens', 'optimus/transformer.py'),
                                      'optimus.transformer.chunked_loss': ('transformer.html#chunked_loss', 'optimus/transformer.py'),

@@ -29,7 +29,7 @@ class LayerCache:
     def update(self, *new: Tensor) -> tuple[Tensor, ...]:
         """Write new (B, T, ...) to the next T slots; return all (B, length + T, ...) held so far, as views.
 
-        The numbers are kept, not the graph that made them: gradients do not flow through a cache.
+        The numbers are kept, not the graph that made them: a cache is for generating, under torch.no_grad().
         """
         T, start = new[0].shape[1], self.cache.length
         end = self.cache.end_after(T)

@@ -64,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
             | Annotated[Info, tyro.conf.subcommand("info")],
             prog="optimus", description="Train, run and inspect small language models.", args=argv,
             config=(tyro.conf.OmitSubcommandPrefixes,))
-        return {Train: train, Generate: generate, Info: info}[type(command)](command)
+        if isinstance(command, Train): return train(command, argv)
+        return generate(command) if isinstance(command, Generate) else info()
     except (ValueError, OSError, CheckpointError, FloatingPointError) as error:
         print(f"optimus: {error}", file=sys.stderr)
         return 1
@@ -77,23 +78,25 @@ def train_defaults(argv: list[str]) -> Train:
     """The settings that the flags start from: those of --preset, read ahead of the rest."""
     words = [part for word in argv for part in word.split("=", 1)]
     chosen = words[words.index("--preset") + 1] if "--preset" in words[:-1] else "auto"
-    if chosen not in PRESETS: chosen = "base" if torch.cuda.is_available() else "tiny"
-    model, training = PRESETS[chosen]
+    model, training = PRESETS[chosen if chosen in PRESETS else automatic_preset()]
     return Train(model=model, training=training)
 
 
-def train(command: Train) -> int:
+def automatic_preset() -> str: return "base" if best_device().type == "cuda" else "tiny"
+
+
+def train(command: Train, argv: list[str]) -> int:
     config, model = command.training, command.model
     if command.corpus: config = replace(config, dataset_name=command.corpus)
     device = best_device()
-    name = command.preset if command.preset != "auto" else ("base" if device.type == "cuda" else "tiny")
-    why = "" if command.preset != "auto" else f" (chosen because {'there is a' if device.type == 'cuda' else 'there is no'} CUDA GPU)"
+    name, why = command.preset, ""
+    if name == "auto": name, why = automatic_preset(), f" (chosen because there is {'a' if device.type == 'cuda' else 'no'} CUDA GPU)"
     print(f"preset {name}{why}: {model.attention.upper()} with {model.num_layers} layers of width {model.embedding_dim}, "
           f"{config.max_length} tokens a sequence, {config.batch_size} sequences a step, corpus {config.dataset_name}, on {device}")
     result = optimus.train(model, config, resume=command.resume, say=say_above_the_bar)
     if result.stopped_by:
         print(f"stopped by signal {result.stopped_by} after step {result.history[-1]['step']} and saved {result.checkpoint}; continue with\n"
-              f"    optimus train --resume {' '.join(a for a in sys.argv[2:] if a != '--resume')}".rstrip())
+              f"    optimus train --resume {' '.join(a for a in argv[1:] if a != '--resume')}".rstrip())
         return 128 + result.stopped_by
     last = result.history[-1]
     print(f"\ntrained {result.model.num_parameters():,} parameters for {last['step']:,} steps; held-out loss {last['validation_loss']:.3f}, "
@@ -168,7 +171,7 @@ def prompt_loop(model, tokenizer, settings: dict) -> int:
         except KeyboardInterrupt: print()
 
 
-def info(command: Info) -> int:
+def info() -> int:
     import platform
     from importlib.metadata import version
     device = best_device()

@@ -13,7 +13,8 @@ input for the backward pass (arXiv:1604.06174). The caller owns the cache; the m
 
 # %% auto #0
 __all__ = ['Block', 'TransformerBlock', 'MLATransformerBlock', 'init_weights', 'chunked_loss', 'lm_loss', 'check_tokens',
-           'positions', 'save_files', 'find_model', 'Saved', 'LanguageModel', 'check_targets', 'cache_for']
+           'check_positions', 'positions', 'save_files', 'find_model', 'Saved', 'LanguageModel', 'check_targets',
+           'cache_for']
 
 # %% ../notebooks/08_transformer.ipynb #4a883933
 import importlib.util
@@ -79,11 +80,12 @@ def init_weights(model: nn.Module, std: float = 0.02) -> None:
     writers = ("attention.o_proj.weight", "feedforward.down_proj.weight")
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2: continue
-        nn.init.normal_(parameter, std=std * (2 * len(model.blocks)) ** -0.5 if name.endswith(writers) else std)
+        shrink = (2 * len(model.blocks)) ** -0.5 if name.endswith(writers) else 1.0
+        nn.init.normal_(parameter, std=std * shrink)
 
 # %% ../notebooks/08_transformer.ipynb #f81ca736
 def chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int = 256) -> Tensor:
-    """`lm_loss` from plain PyTorch: the logits of `rows` tokens at a time, recomputed in the backward pass."""
+    """`lm_loss` in plain PyTorch: logits of `rows` tokens at a time, recomputed in the backward pass."""
     def part(hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
     chunks = zip(hidden.split(rows), targets.split(rows))
@@ -94,8 +96,8 @@ def chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int = 25
 def lm_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean cross entropy of `hidden @ weight.T` in nats per target, without holding all N * V logits at once.
 
-    hidden: (N, C), weight: (V, C), targets: (N,) int64, -100 is not counted  ->  a scalar in at least float32, of
-    F.cross_entropy's value and gradients. Under autocast the products are taken in its dtype, the sums in float32.
+    hidden: (N, C), weight: (V, C), targets: (N,) int64, -100 is not counted  ->  a scalar in at least float32,
+    F.cross_entropy's value and gradients. Under autocast products are taken in its dtype, sums in float32.
     """
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
@@ -116,22 +118,30 @@ def check_tokens(tokens: Tensor, vocab_size: int) -> None:
         raise ValueError(f"token ids must be in [0, {vocab_size}), got {low if low < 0 else high}")
 
 # %% ../notebooks/08_transformer.ipynb #69ea5b38
-def positions(tokens: Tensor, pos: Tensor | None, held: int | None, longest: int) -> Tensor:
-    """`pos` after checking it, by default T positions after the `held` tokens of a cache (None: there is none)."""
-    T, start = tokens.shape[1], held or 0
-    expected, end = torch.arange(start, start + T, device=tokens.device), start + T
-    if pos is not None:
-        if pos.dtype != torch.int64 or pos.shape not in ((T,), tokens.shape):
-            raise ValueError(f"pos must be int64 of shape {(T,)} or {tuple(tokens.shape)}, "
-                             f"got {pos.dtype} of shape {tuple(pos.shape)}")
-        if held is not None and not (pos == expected).all():
-            raise ValueError(f"after {held} tokens in the cache pos must be {start} to {end - 1}, got {pos.tolist()}")
-        if pos.min() < 0 or not (pos.diff(dim=-1) > 0).all():
-            raise ValueError(f"pos must start at 0 or later and increase along T, got {pos.tolist()}")
-        end = int(pos.max()) + 1
-    if end > longest:
-        raise ValueError(f"position {end - 1} was asked for, but the context ends at rope_seq_len = {longest}")
-    return expected if pos is None else pos
+def check_positions(pos: Tensor, tokens: Tensor, cache: Cache | None) -> None:
+    """Raise ValueError unless pos is int64 (T,) or (B, T), increases from 0 or later, and continues the cache."""
+    T = tokens.shape[1]
+    if pos.dtype != torch.int64 or pos.shape not in ((T,), tokens.shape):
+        raise ValueError(f"pos must be int64 of shape {(T,)} or {tuple(tokens.shape)}, "
+                         f"got {pos.dtype} of shape {tuple(pos.shape)}")
+    if pos.min() < 0 or not (pos.diff(dim=-1) > 0).all():
+        raise ValueError(f"pos must start at 0 or later and increase along T, got {pos.tolist()}")
+    if cache is not None and not (pos == torch.arange(T, device=pos.device) + cache.length).all():
+        raise ValueError(f"with {cache.length} tokens in the cache pos must be {cache.length} to "
+                         f"{cache.length + T - 1}, got {pos.tolist()}")
+
+# %% ../notebooks/08_transformer.ipynb #9aedb45d
+def positions(tokens: Tensor, pos: Tensor | None, cache: Cache | None, longest: int) -> Tensor:
+    """`pos` after checking it, or else T positions that continue the cache; ValueError beyond `longest`."""
+    if pos is None:
+        start, T = 0 if cache is None else cache.length, tokens.shape[1]
+        pos, last = torch.arange(start, start + T, device=tokens.device), start + T - 1
+    else:
+        check_positions(pos, tokens, cache)
+        last = int(pos.max())
+    if last >= longest:
+        raise ValueError(f"position {last} was asked for, but the context has rope_seq_len = {longest} positions")
+    return pos
 
 # %% ../notebooks/08_transformer.ipynb #36d30ad8
 def save_files(model: nn.Module, folder: Path) -> None:
@@ -172,9 +182,9 @@ class Saved(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path_or_name: str | Path):
-        """The model of a folder that `save_pretrained` wrote, or a shipped one by name, in eval mode, on the CPU.
+        """The model of a folder that `save_pretrained` wrote, or a shipped one by name, in eval mode.
 
-        Opens model.safetensors and config.json, nothing else. ValueError names what is missing or does not fit.
+        Opens model.safetensors and config.json, nothing else. ValueError says what is missing or does not fit.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -190,8 +200,8 @@ class Saved(nn.Module):
         found = {name: tuple(x.shape) for name, x in state.items()}
         for name in sorted(wanted.keys() | found.keys()):
             if wanted.get(name) != found.get(name):
-                raise ValueError(f"{weights} does not fit {sizes.name}: {name} has shape {found.get(name, 'none')}, "
-                                 f"not {wanted.get(name, 'none')}")
+                raise ValueError(f"{weights} does not fit {sizes.name}: {name} has shape "
+                                 f"{found.get(name, 'none')}, not {wanted.get(name, 'none')}")
         if config.tie_embeddings: state["head.weight"] = state["embedding.weight"]
         model.load_state_dict(state, assign=True)
         if config.tie_embeddings: model.head.weight = model.embedding.weight  # one parameter again
@@ -202,8 +212,8 @@ class LanguageModel(Saved):
     """Tokens in, logits of the next token out: embedding, L blocks, a norm, and a head.
 
     tokens: (B, T) int64  ->  (B, T, V). `config.attention` chooses the block. Positions count from 0, or from
-    `cache.length`; a cache is written and moved on by T. Raises ValueError for tokens that are not int64 (B, T), ids
-    outside the vocabulary, positions outside [0, rope_seq_len), and a `pos` that fits neither tokens nor cache.
+    `cache.length`; a cache is written and moved on by T. Raises ValueError for tokens that are not int64 (B, T),
+    ids outside the vocabulary, positions outside [0, rope_seq_len), and a `pos` that does not fit.
     """
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -219,8 +229,7 @@ class LanguageModel(Saved):
     def hidden(self, tokens: Tensor, cache: Cache | None = None, pos: Tensor | None = None) -> Tensor:
         """What the head reads, the stream after the last norm: (B, T, C)."""
         check_tokens(tokens, self.config.vocab_size)
-        held = None if cache is None else cache.length
-        pos = positions(tokens, pos, held, self.config.rope_seq_len)
+        pos = positions(tokens, pos, cache, self.config.rope_seq_len)
         recompute = self.config.checkpointing and self.training and torch.is_grad_enabled() and cache is None
         x = self.dropout(self.embedding(tokens))  # (B, T, C)
         for i, block in enumerate(self.blocks):
@@ -233,15 +242,16 @@ class LanguageModel(Saved):
         return self.head(self.hidden(tokens, cache, pos))  # (B, T, V)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross entropy in nats per target, a scalar. targets: (B, T) int64, where -100 is not counted."""
+        """Mean cross entropy in nats per target. targets: (B, T) int64; -100 is not counted."""
         check_targets(targets, tokens, self.config.vocab_size)
         return lm_loss(self.hidden(tokens).flatten(0, 1), self.head.weight, targets.flatten())
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
-        """An empty cache for `max_length` tokens of this model, in its dtype and on its device."""
+        """An empty cache for `max_length` tokens, in this model's dtype and on its device."""
         return cache_for(self.config, batch_size, max_length, self.embedding.weight)
 
-    def num_parameters(self) -> int: return sum(p.numel() for p in self.parameters())  # a tied head counts once
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())  # a tied head counts once
 
 # %% ../notebooks/08_transformer.ipynb #77488141
 def check_targets(targets: Tensor, tokens: Tensor, vocab_size: int) -> None:

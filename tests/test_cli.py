@@ -1,0 +1,138 @@
+"""The command line: what it prints, how it fails (one sentence, exit code 1 or 2, no traceback), and that flags are fields."""
+import contextlib
+import dataclasses
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fork_server import TEXTS
+
+from optimus import ModelConfig, TrainingConfig, cli
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with a small corpus and one trained run, and a function that runs the command there."""
+    patch = pytest.MonkeyPatch()
+    folder = tmp_path_factory.mktemp("workplace")
+    patch.chdir(folder)
+    patch.setenv("OPTIMUS_CACHE", str(folder / "cache"))
+    patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (folder / "corpus.txt").write_text("\n<|endoftext|>\n".join(TEXTS))
+
+    def run(*arguments, typed=""):
+        out, err = io.StringIO(), io.StringIO()
+        patch.setattr(sys, "stdin", io.StringIO(typed))
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try: code = cli.main(list(arguments))
+            except SystemExit as end: code = end.code
+        return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+    run.trained = run("train", "--corpus", "corpus.txt", *SMALL)
+    run.folder = folder
+    yield run
+    patch.undo()
+
+
+SMALL = ["--model.vocab-size=300", "--model.embedding_dim", "32", "--model.num-layers", "2", "--training.max_length", "16",
+         "--training.tokenizer", "None", "--training.max-steps", "12", "--training.batch-size", "4"]
+
+
+def test_training_says_what_it_chose_and_what_to_type_next(workplace):
+    out, err = workplace.trained.stdout, workplace.trained.stderr
+    assert workplace.trained.returncode == 0, err
+    assert "preset tiny (chosen because there is no CUDA GPU)" in out
+    assert "bits per byte" in out and "sample: " in out and 'optimus generate "The public debt"' in out
+    assert "12/12" in err and "tokens/s" in err  # the progress bar
+    assert (workplace.folder / "checkpoints" / "run-001" / "step-00000012" / "model.safetensors").is_file()
+    assert any((workplace.folder / "runs" / "run-001").iterdir())
+
+
+def test_generation_streams_from_the_newest_checkpoint(workplace):
+    a, b = (workplace("generate", "the of and", "--max-new-tokens", "20", "--seed", "3") for _ in range(2))
+    assert a.returncode == 0, a.stderr
+    assert a.stdout.startswith("the of and") and len(a.stdout) > 20 and a.stdout == b.stdout
+    for place in ("checkpoints", "checkpoints/run-001", "checkpoints/run-001/step-00000012"):
+        assert workplace("generate", "the of and", "--max-new-tokens", "20", "--seed", "3", "--checkpoint", place).stdout == a.stdout
+
+
+def test_without_a_prompt_it_takes_prompts_and_settings(workplace):
+    typed = "/temperature 0\n/tokens 5\nthe of\n/top-p 7\nthe of\n/top-p off\n/nothing\n/seed x\nthe of\n/quit\n"
+    result = workplace("generate", typed=typed)
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.replace("> ", "").splitlines() if line.startswith("the of")]
+    assert len(lines) == 2 and lines[0] == lines[1]  # greedy
+    assert "top_p must be" in result.stdout and "no command /nothing" in result.stdout and "Traceback" not in result.stderr
+    assert workplace("generate", typed="").returncode == 0  # Ctrl-D
+
+
+def test_info(workplace):
+    result = workplace("info")
+    assert result.returncode == 0 and "device: " in result.stdout and "tiny: MLA" in result.stdout and "base: MLA" in result.stdout
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["info"]])
+def test_help(workplace, command):
+    result = workplace(*command, "--help")
+    assert result.returncode == 0 and "usage" in result.stdout.lower()
+
+
+def test_every_field_is_a_flag(workplace):
+    text = workplace("train", "--help").stdout.replace("_", "-")
+    for prefix, cls in (("model", ModelConfig), ("training", TrainingConfig)):
+        for field in dataclasses.fields(cls): assert f"--{prefix}.{field.name}".replace("_", "-") in text.replace("no-", ""), field.name
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["train", "--model.num-layers", "0"], "num_layers"),
+    (["train", "--model.embedding-dim", "30"], "num_attention_heads"),
+    (["train", "--model.compression-ratio", "nan"], "compression_ratio"),
+    (["train", "--training.dropout", "3"], "dropout"),
+    (["train", "--training.learning-rate", "-1"], "learning_rate"),
+    (["train", "--training.train-val-split", "1"], "train_val_split"),
+    (["train", "--model.attention", "mha"], "attention"),
+    (["train", "--preset", "huge"], "preset"),
+    (["train", "--corpus", "missing.txt"], "missing.txt"),
+    (["train", "--corpus", "wikimedia/wikipedia"], "--corpus sotu"),
+    (["train", "--corpus", "corpus.txt", "--model.vocab-size", "100"], "vocab_size"),
+    (["train", "--corpus", "corpus.txt", *SMALL, "--training.run-name", "run-001"], "already holds a run"),
+    (["train", "--corpus", "corpus.txt", *SMALL, "--resume", "--training.seed", "4"], "training_config.seed was 0"),
+    (["train", "--corpus", "corpus.txt", *SMALL, "--training.checkpoint-dir", "corpus.txt"], "cannot write checkpoints"),
+    (["train", "--corpus", "corpus.txt", *SMALL, "--training.max-length", "9999"], "9999"),
+    (["generate", "x", "--checkpoint", "nowhere"], "no checkpoint 'nowhere'"),
+    (["generate", "x", "--checkpoint", "cache"], "cache"),
+    (["generate", "x", "--temperature", "-1"], "temperature must be"),
+    (["generate", "x", "--temperature", "nan"], "temperature must be"),
+    (["generate", "x", "--temperature", "warm"], "temperature"),
+    (["generate", "x", "--top-p", "0"], "top_p must be"),
+    (["generate", "x", "--top-p", "1.5"], "top_p must be"),
+    (["generate", "x", "--top-k", "0"], "top_k must be"),
+    (["generate", "x", "--min-p", "2"], "min_p must be"),
+    (["generate", "x", "--max-new-tokens", "0"], "max_new_tokens must be"),
+    (["frobnicate"], "frobnicate"),
+])
+def test_bad_input_is_one_sentence(workplace, arguments, words):
+    result = workplace(*arguments)
+    assert result.returncode in (1, 2)
+    assert words in (result.stderr + result.stdout).replace("-", "_") + result.stderr + result.stdout
+    assert "Traceback" not in result.stderr
+
+
+def test_as_a_command(tmp_path):
+    """The installed script and the module, in processes of their own."""
+    script = Path(sys.executable).with_name("optimus")
+    for command in ([script], [sys.executable, "-m", "optimus.cli"]):
+        good = subprocess.run([*command, "info"], capture_output=True, text=True, cwd=tmp_path)
+        assert good.returncode == 0 and "presets" in good.stdout, good.stderr
+        bad = subprocess.run([*command, "train", "--corpus", "missing.txt"], capture_output=True, text=True, cwd=tmp_path)
+        assert bad.returncode == 1 and bad.stderr.count("\n") == 1 and bad.stderr.startswith("optimus: no corpus 'missing.txt'")
+
+
+def test_main_returns_its_exit_code(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "shipped_models", dict)
+    assert cli.main(["generate", "x"]) == 1
+    assert "no checkpoint in ./checkpoints; `optimus train` makes one" in capsys.readouterr().err

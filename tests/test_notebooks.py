@@ -1,0 +1,111 @@
+"""Notebooks are valid, clean, built to one pattern, and their links lead somewhere. (nbval runs them; see pyproject.toml.)"""
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from clean_notebooks import clean
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+
+
+def cells(path, kind): return [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == kind]
+def source(cell): return "".join(cell["source"])
+
+
+@each
+def test_valid_and_clean(path):
+    text = path.read_text(encoding="utf-8")
+    notebook = nbformat.reads(text, as_version=nbformat.NO_CONVERT)
+    nbformat.validate(notebook)
+    assert clean(notebook) == text, "run python tests/clean_notebooks.py"
+    assert path.stat().st_size <= 500_000
+
+
+@each
+def test_outputs_are_kept_and_hold_no_error(path):
+    code = cells(path, "code")
+    assert any("image/png" in o.get("data", {}) for c in code for o in c["outputs"]), "no picture"
+    assert not [o for c in code for o in c["outputs"] if o["output_type"] == "error"]
+    for c in code:
+        if "nbval-skip" not in c["metadata"].get("tags", []): assert c["execution_count"], source(c)
+
+
+@each
+def test_pattern(path):
+    markdown, code = cells(path, "markdown"), cells(path, "code")
+    assert re.match(r"# .+\n\n> .+", source(markdown[0])), "a title and a one-sentence answer"
+    assert source(code[0]).startswith("#| default_exp ")
+    text = "\n".join(map(source, markdown))
+    for part in ("**Question.**", "**You will build**", "**You need**", "## Derive", "## Implement", "## Verify", "## Picture", "## Measure",
+                 "## Break it", "## Your turn", "## What we exported", "## What is next", "<details>"):
+        assert part in text, part
+    assert sum("assert" in source(c) for c in code) >= 3
+    for c in code:
+        if "#| export" not in source(c): assert len([line for line in source(c).splitlines() if line.strip()]) <= 15, source(c)
+        assert not source(c).rstrip().endswith(";")
+    row = longest = 0
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        row = row + 1 if cell["cell_type"] == "code" else 0
+        longest = max(longest, row)
+    assert longest <= 3, "more than three code cells in a row"
+
+
+def anchors(path: Path) -> set[str]:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb": text = "\n".join(source(c) for c in cells(path, "markdown"))
+    return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text, re.M)}
+
+
+def broken_links(path: Path, text: str) -> list[str]:
+    """Relative links in a markdown text that lead to no file, or to no heading of it."""
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"(?:src|href)=\"([^\"]+)\"", text):
+        if re.match(r"https?:|mailto:|data:|attachment:", link): continue
+        name, _, anchor = link.partition("#")
+        target = (path.parent / name) if name else path
+        if not target.exists() or (anchor and anchor not in anchors(target)): broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, ROOT / "README.md"], ids=lambda p: p.stem)
+def test_links_lead_somewhere(path):
+    text = "\n".join(source(c) for c in cells(path, "markdown")) if path.suffix == ".ipynb" else path.read_text(encoding="utf-8")
+    assert broken_links(path, text) == []
+
+
+def test_the_link_checker_sees_broken_links(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A heading\n")
+    assert broken_links(page, "[a](none.md) [b](#no-heading) [c](#a-heading) [d](page.md#a-heading) [e](https://x.org)") == ["none.md", "#no-heading"]
+
+
+def test_the_cleaner_repairs_and_check_reports(tmp_path):
+    dirty = tmp_path / "dirty.ipynb"
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 + 1", execution_count=7, metadata={"trusted": True})])
+    nb.cells[0].outputs = [nbformat.v4.new_output("execute_result", {"text/plain": "2"}, execution_count=7)]
+    nbformat.write(nb, dirty)
+    command = [sys.executable, ROOT / "tests" / "clean_notebooks.py"]
+    assert subprocess.run([*command, "--check", dirty], capture_output=True).returncode == 1
+    assert subprocess.run([*command, dirty], capture_output=True).returncode == 0
+    assert subprocess.run([*command, "--check", dirty], capture_output=True).returncode == 0
+    cell = json.loads(dirty.read_text())["cells"][0]
+    assert (cell["execution_count"], cell["outputs"][0]["execution_count"], cell["metadata"]) == (1, 1, {})
+    assert cell["outputs"][0]["data"] == {"text/plain": ["2"]}
+
+
+def test_a_notebook_run_twice_in_one_kernel_gives_the_same_numbers():
+    from nbclient import NotebookClient
+
+    nb = nbformat.read(ROOT / "notebooks" / "02_rmsnorm.ipynb", as_version=4)
+    once = [c for c in nb.cells if c.cell_type == "code" and not c.metadata.get("tags")]
+    nb.cells = once + [nbformat.from_dict(dict(c, id=f"{c.id}x")) for c in once]
+    NotebookClient(nb, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
+    first, second = nb.cells[:len(once)], nb.cells[len(once):]
+    for a, b in zip(first, second, strict=True):
+        assert [o.get("data", o.get("text")) for o in a.outputs] == [o.get("data", o.get("text")) for o in b.outputs], a.source
