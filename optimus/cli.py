@@ -66,6 +66,9 @@ def main(argv: list[str] | None = None) -> int:
             config=(tyro.conf.OmitSubcommandPrefixes,))
         if isinstance(command, Train): return train(command, argv)
         return generate(command) if isinstance(command, Generate) else info()
+    except BrokenPipeError:  # the reader has gone, as in `optimus info | head`
+        sys.stdout = None
+        return 141
     except (ValueError, OSError, CheckpointError, FloatingPointError) as error:
         print(f"optimus: {error}", file=sys.stderr)
         return 1

@@ -116,10 +116,11 @@ class Record:
     @classmethod
     def from_dict(cls, values: dict[str, Any]):
         """The object with these fields, defaults for the rest; ValueError names keys that are no fields."""
-        if not isinstance(values, dict): raise ValueError(f"{cls.__name__} needs a dict of fields, got {values!r}")
-        names = [field.name for field in fields(cls)]
-        unknown = ", ".join(str(key) for key in values if key not in names)
-        if unknown: raise ValueError(f"{cls.__name__} has no field {unknown}; its fields are {', '.join(names)}")
+        name, known = cls.__name__, [field.name for field in fields(cls)]
+        if not isinstance(values, dict):
+            raise ValueError(f"{name} needs a dict of fields, got {str(values):.80}")
+        unknown = ", ".join(str(key) for key in values if key not in known)
+        if unknown: raise ValueError(f"{name} has no field {unknown}; its fields are {', '.join(known)}")
         return cls(**values)
 
 # %% ../notebooks/07_config.ipynb #45000aa0
@@ -154,9 +155,9 @@ class ModelConfig(Record, DerivedSizes):
 TRAINING_RANGES = {
     "batch_size": "[1, inf)", "max_length": "[1, inf)", "learning_rate": "(0, inf)",
     "weight_decay": "[0, inf)", "num_epochs": "[1, inf)", "train_val_split": "(0, 1)",
-    "gradient_clip_val": "(0, inf)", "dataset_size": "[1, inf)", "num_workers": "[0, inf)", "max_steps": "[1, inf)",
-    "warmup": "[0, 1)", "min_learning_rate": "[0, inf)", "optimizer": ("adamw", "muon"),
-    "beta1": "[0, 1)", "beta2": "[0, 1)",
+    "gradient_clip_val": "(0, inf)", "dataset_size": "[1, inf)", "num_workers": "[0, inf)",
+    "max_steps": "[1, inf)", "warmup": "[0, 1)", "min_learning_rate": "[0, inf)",
+    "optimizer": ("adamw", "muon"), "beta1": "[0, 1)", "beta2": "[0, 1)",
     "amp": ("auto", "bf16", "fp16", "off"), "micro_batch_size": "[1, inf)", "eval_interval": "[1, inf)",
     "eval_batches": "[0, inf)", "save_interval": "[1, inf)", "sample_interval": "[0, inf)",
     "log_interval": "[1, inf)", "keep_last": "[1, inf)", "seed": "[0, 4294967295]",

@@ -96,8 +96,8 @@ def chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int = 25
 def lm_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean cross entropy of `hidden @ weight.T` in nats per target, without holding all N * V logits at once.
 
-    hidden: (N, C), weight: (V, C), targets: (N,) int64, -100 is not counted  ->  a scalar in at least float32,
-    F.cross_entropy's value and gradients. Under autocast products are taken in its dtype, sums in float32.
+    hidden: (N, C), weight: (V, C), targets: (N,) int64, -100 is not counted  ->  a scalar, at least float32,
+    with F.cross_entropy's value and gradients. Under autocast: products in its dtype, sums in float32.
     """
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
@@ -119,7 +119,7 @@ def check_tokens(tokens: Tensor, vocab_size: int) -> None:
 
 # %% ../notebooks/08_transformer.ipynb #69ea5b38
 def check_positions(pos: Tensor, tokens: Tensor, cache: Cache | None) -> None:
-    """Raise ValueError unless pos is int64 (T,) or (B, T), increases from 0 or later, and continues the cache."""
+    """Raise ValueError unless pos is int64 (T,) or (B, T), increasing, and continues the cache."""
     T = tokens.shape[1]
     if pos.dtype != torch.int64 or pos.shape not in ((T,), tokens.shape):
         raise ValueError(f"pos must be int64 of shape {(T,)} or {tuple(tokens.shape)}, "
@@ -140,7 +140,7 @@ def positions(tokens: Tensor, pos: Tensor | None, cache: Cache | None, longest: 
         check_positions(pos, tokens, cache)
         last = int(pos.max())
     if last >= longest:
-        raise ValueError(f"position {last} was asked for, but the context has rope_seq_len = {longest} positions")
+        raise ValueError(f"position {last} was asked for; the context has rope_seq_len = {longest} positions")
     return pos
 
 # %% ../notebooks/08_transformer.ipynb #36d30ad8
@@ -175,7 +175,9 @@ def find_model(path_or_name: str | Path) -> Path:
 
 # %% ../notebooks/08_transformer.ipynb #46acee79
 class Saved(nn.Module):
-    """A module with a `config` that is written to a folder and opened again."""
+    """A module with a `config`, which can be counted, written to a folder, and opened again."""
+    def num_parameters(self) -> int: return sum(p.numel() for p in self.parameters())  # a tied head once
+
     def save_pretrained(self, path: str | Path) -> None:
         """Write model.safetensors and config.json into the folder `path`, each whole or not at all."""
         save_files(self, Path(path))
@@ -184,7 +186,7 @@ class Saved(nn.Module):
     def from_pretrained(cls, path_or_name: str | Path):
         """The model of a folder that `save_pretrained` wrote, or a shipped one by name, in eval mode.
 
-        Opens model.safetensors and config.json, nothing else. ValueError says what is missing or does not fit.
+        Opens model.safetensors and config.json, nothing else. ValueError says what is missing or wrong.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -211,9 +213,8 @@ class Saved(nn.Module):
 class LanguageModel(Saved):
     """Tokens in, logits of the next token out: embedding, L blocks, a norm, and a head.
 
-    tokens: (B, T) int64  ->  (B, T, V). `config.attention` chooses the block. Positions count from 0, or from
-    `cache.length`; a cache is written and moved on by T. Raises ValueError for tokens that are not int64 (B, T),
-    ids outside the vocabulary, positions outside [0, rope_seq_len), and a `pos` that does not fit.
+    tokens: (B, T) int64  ->  (B, T, V). Positions count from 0, or from `cache.length`; a cache is moved on.
+    ValueError for other shapes, ids outside the vocabulary, positions outside [0, rope_seq_len), a bad `pos`.
     """
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -249,9 +250,6 @@ class LanguageModel(Saved):
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """An empty cache for `max_length` tokens, in this model's dtype and on its device."""
         return cache_for(self.config, batch_size, max_length, self.embedding.weight)
-
-    def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.parameters())  # a tied head counts once
 
 # %% ../notebooks/08_transformer.ipynb #77488141
 def check_targets(targets: Tensor, tokens: Tensor, vocab_size: int) -> None:
