@@ -5,13 +5,13 @@ Modules:
 - `optimus.attention`: Let every position read a weighted mean of the positions before it.
 - `optimus.cache`: Remember what each layer made of the past, so that a new token costs the work of one token.
 - `optimus.checkpoint`: Write down everything the next step depends on, whole or not at all, and load only what proves to be undamaged.
-- `optimus.config`: Write every size down once, refuse what cannot work, and predict parameters, FLOPs and bytes before anything is built.
+- `optimus.config`: Write every size down once, refuse what cannot work, and predict cost before anything is built.
 - `optimus.data`: Turn documents into one long row of token ids on disk, and make the batch at a step a pure function of (seed, step).
 - `optimus.generation`: Turn a row of logits into one next token, again and again, and show the text as it grows.
 - `optimus.mla`: Cache one small vector per token instead of every head's key and value.
 - `optimus.rope`: Turn each query and key by an angle proportional to its position: their dot product then sees only the distance.
 - `optimus.training`: Take one step well, then arrange everything so that the ten-thousandth is as safe as the first.
-- `optimus.transformer`: A stream of vectors runs through the model; every layer reads it, adds a small correction, and the last sum predicts the next token."""
+- `optimus.transformer`: Every layer reads a stream of vectors and adds a small correction; the last sum predicts the next token."""
 
 from optimus.attention import GroupedQueryAttention
 from optimus.cache import KVCache, LatentCache

@@ -49,7 +49,8 @@ def sync(path: Path) -> None:
 
 def step_folders(run_folder: str | Path) -> list[Path]:
     """The checkpoints of a run, oldest first; whether they are sound is not asked here."""
-    return sorted(p for p in Path(run_folder).glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir())
+    return sorted(p for p in Path(run_folder).glob("step-*")
+                  if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir())
 
 # %% ../notebooks/11_checkpoints.ipynb #f8f898ce
 def seal(folder: Path) -> None:
@@ -62,7 +63,7 @@ def seal(folder: Path) -> None:
     sync(folder)
 
 def publish(half: Path, final: Path) -> None:
-    """Give a finished folder its name in one step; what stood there before (a damaged save) is set aside and deleted."""
+    """Give a finished folder its name in one step; what stood there is set aside, then deleted."""
     old = final.with_name(f".old-{final.name}")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists(): os.replace(final, old)
@@ -77,15 +78,17 @@ def explain(error: Exception, folder: Path) -> str:
     return f"{why} ({shutil.disk_usage(there).free:,} bytes free in {there})"
 
 # %% ../notebooks/11_checkpoints.ipynb #65600415
-def save_checkpoint(run_folder: str | Path, model: LanguageModel, step: int, *, tokenizer: Tokenizer | None = None,
-                    trainer_state: dict[str, Any] | None = None, train_state: dict[str, Any] | None = None,
-                    keep_last: int = 3, best_step: int | None = None) -> Path:
-    """Write `run_folder/step-XXXXXXXX`, then delete older ones but the last `keep_last` and the best; return its path.
+def save_checkpoint(run_folder: str | Path, model: LanguageModel, step: int, *,
+                    tokenizer: Tokenizer | None = None, trainer_state: dict[str, Any] | None = None,
+                    train_state: dict[str, Any] | None = None, keep_last: int = 3,
+                    best_step: int | None = None) -> Path:
+    """Write `run_folder/step-XXXXXXXX`, prune all but the last `keep_last` and the best; return its path.
 
-    `trainer_state` is plain JSON (step, tokens, best loss, seed ...), `train_state` holds tensors and plain types (optimizer,
-    schedule, scaler, random state). All is written under a temporary name, synced, given a manifest of sizes and sha256, and
-    renamed: a power cut leaves the old checkpoint or the new one. CheckpointError when the weights are not finite (nothing is
-    written) or the disk refuses (the temporary folder is removed, older checkpoints stay).
+    `trainer_state` is plain JSON (step, tokens, best loss, seed ...), `train_state` holds tensors and plain
+    types (optimizer, schedule, scaler, random state). All is written under a temporary name, synced, given a
+    manifest of sizes and sha256, and renamed: a power cut leaves the old checkpoint or the new one.
+    CheckpointError when the weights are not finite (nothing is written) or the disk refuses (the temporary
+    folder is removed, older checkpoints stay).
     """
     for name, parameter in model.state_dict().items():
         if parameter.is_floating_point() and not parameter.isfinite().all():
@@ -97,13 +100,15 @@ def save_checkpoint(run_folder: str | Path, model: LanguageModel, step: int, *, 
         half.mkdir(parents=True)
         model.save_pretrained(half)
         if tokenizer is not None: save_tokenizer(tokenizer, half)
-        (half / "trainer_state.json").write_text(json.dumps({"step": step, **(trainer_state or {})}, indent=1))
+        state = {"step": step, **(trainer_state or {})}
+        (half / "trainer_state.json").write_text(json.dumps(state, indent=1))
         if train_state is not None: torch.save(train_state, half / "train_state.pt")
         seal(half)
         publish(half, run / name)
-    except Exception as error:  # torch and safetensors write outside Python: a full disk is not always an OSError there
+    except Exception as error:  # torch and safetensors write outside Python: not always an OSError
         shutil.rmtree(half, ignore_errors=True)
-        raise CheckpointError(f"could not write the checkpoint {run / name}: {explain(error, run)}") from error
+        why = explain(error, run)
+        raise CheckpointError(f"could not write the checkpoint {run / name}: {why}") from error
     prune(run, keep_last, best_step)
     return run / name
 
@@ -115,18 +120,19 @@ def remove_leftovers(run_folder: str | Path) -> list[str]:
     return [p.name for p in leftovers]
 
 def prune(run_folder: str | Path, keep_last: int, best_step: int | None = None) -> None:
-    """Delete all checkpoints but the newest `keep_last` and the best. A delete that fails is a warning, no more."""
+    """Delete all checkpoints but the newest `keep_last` and the best. A failed delete is only a warning."""
     for path in step_folders(run_folder)[:-keep_last]:
         if int(path.name[5:]) == best_step: continue
         doomed = path.with_name(f".old-{path.name}")
         try:
             os.replace(path, doomed)  # out of sight at once: a half-deleted folder is never a checkpoint
             shutil.rmtree(doomed)
-        except OSError as error: warnings.warn(f"could not delete the old checkpoint {path}: {error}", stacklevel=2)
+        except OSError as error:
+            warnings.warn(f"could not delete the old checkpoint {path}: {error}", stacklevel=2)
 
 # %% ../notebooks/11_checkpoints.ipynb #309a98fd
 def problem(folder: str | Path) -> str | None:
-    """What is wrong with a checkpoint folder, in a few words that name the file; None when every file is as it was written."""
+    """What is wrong with a checkpoint folder, naming the file; None when every file is as it was written."""
     folder = Path(folder)
     try: manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except FileNotFoundError: return "manifest.json is missing"
@@ -135,9 +141,11 @@ def problem(folder: str | Path) -> str | None:
         return "manifest.json does not list model.safetensors and config.json"
     for name, facts in manifest.items():
         path = folder / name
-        if Path(name).name != name or path.is_symlink(): return f"manifest.json names {name!r}, which is not a plain file here"
+        if Path(name).name != name or path.is_symlink():
+            return f"manifest.json names {name!r}, which is not a plain file here"
         if not isinstance(facts, dict) or not path.is_file(): return f"{name} is missing"
-        if path.stat().st_size != facts.get("bytes"): return f"{name} has {path.stat().st_size} bytes, not {facts.get('bytes')}"
+        size = path.stat().st_size
+        if size != facts.get("bytes"): return f"{name} has {size} bytes, not {facts.get('bytes')}"
         if sha256_of(path) != facts.get("sha256"): return f"{name} is damaged (its sha256 differs)"
     return None
 
@@ -153,24 +161,27 @@ class Checkpoint:
     train_state: dict[str, Any] | None
 
 def load_checkpoint(folder: str | Path) -> Checkpoint:
-    """Read a checkpoint after proving its sha256 sums; nothing in it can run code. CheckpointError says what is wrong."""
+    """Read a checkpoint after proving its sha256 sums; no part of it can run code. Raises CheckpointError."""
     folder = Path(folder)
     if not folder.is_dir(): raise CheckpointError(f"no checkpoint at {folder}")
-    if (trouble := problem(folder)): raise CheckpointError(f"the checkpoint {folder} cannot be trusted: {trouble}")
-    state = json.loads((folder / "trainer_state.json").read_text()) if (folder / "trainer_state.json").is_file() else {}
+    if trouble := problem(folder):
+        raise CheckpointError(f"the checkpoint {folder} cannot be trusted: {trouble}")
+    facts, tensors = folder / "trainer_state.json", folder / "train_state.pt"
+    state = json.loads(facts.read_text()) if facts.is_file() else {}
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     train_state = None
-    if (folder / "train_state.pt").is_file():
-        try: train_state = torch.load(folder / "train_state.pt", map_location="cpu", weights_only=True)
+    if tensors.is_file():
+        try: train_state = torch.load(tensors, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise CheckpointError(f"{folder / 'train_state.pt'} holds more than tensors and plain types: refused") from error
-    return Checkpoint(folder, state.get("step", 0), LanguageModel.from_pretrained(folder), tokenizer, state, train_state)
+            raise CheckpointError(f"{tensors} holds more than tensors and plain types: refused") from error
+    model = LanguageModel.from_pretrained(folder)
+    return Checkpoint(folder, state.get("step", 0), model, tokenizer, state, train_state)
 
 # %% ../notebooks/11_checkpoints.ipynb #e518afe5
 def latest_checkpoint(folder: str | Path) -> Path | None:
     """The newest sound checkpoint of a run, or of all runs below `folder`; None where there is none at all.
 
-    A damaged one is passed over with a warning that names the file. When there are checkpoints but every one is
+    A damaged one is passed over with a warning that names the file. When there are checkpoints but all are
     damaged this is a CheckpointError: starting again from step 0 without a word would lose the run.
     """
     runs = [folder, *sorted(p for p in Path(folder).glob("*") if p.is_dir())]
@@ -180,5 +191,5 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     for path in reversed(found):
         if (trouble := problem(path)) is None: return path
         warnings.warn(f"passing over the checkpoint {path}: {trouble}", stacklevel=2)
-    if found: raise CheckpointError(f"all {len(found)} checkpoints in {folder} are damaged; the newest is {found[-1]}")
-    return None
+    if not found: return None
+    raise CheckpointError(f"all {len(found)} checkpoints in {folder} are damaged; the newest is {found[-1]}")

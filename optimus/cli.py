@@ -20,7 +20,7 @@ CHECKPOINTS = TrainingConfig.checkpoint_dir
 
 @dataclass
 class Train:
-    """Train a model. Without flags: the preset `base` on Wikipedia with a CUDA GPU, else `tiny` on the built-in corpus."""
+    """Train a model. Default: preset `base` on Wikipedia with a CUDA GPU, else `tiny` on the built-in one."""
 
     preset: Literal[("auto", *PRESETS)] = "auto"
     """Where the settings below start from."""
@@ -38,7 +38,7 @@ class Generate:
 
     prompt: tyro.conf.Positional[str | None] = None
     checkpoint: str | None = None
-    """A checkpoint, a run, a saved folder, or a shipped model's name. Default: the newest checkpoint in ./checkpoints."""
+    """A checkpoint, run, saved folder, or shipped model. Default: the newest checkpoint in ./checkpoints."""
     max_new_tokens: int = 200
     temperature: float = 0.8
     """0 is greedy."""
@@ -54,7 +54,7 @@ class Info:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 1 for an error, 128 + n when signal n ended a training run."""
+    """Run the command line; return its exit code: 0, 1 for an error, 128 + n when signal n ended training."""
     argv = sys.argv[1:] if argv is None else argv
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
@@ -93,17 +93,22 @@ def train(command: Train, argv: list[str]) -> int:
     if command.corpus: config = replace(config, dataset_name=command.corpus)
     device = best_device()
     name, why = command.preset, ""
-    if name == "auto": name, why = automatic_preset(), f" (chosen because there is {'a' if device.type == 'cuda' else 'no'} CUDA GPU)"
-    print(f"preset {name}{why}: {model.attention.upper()} with {model.num_layers} layers of width {model.embedding_dim}, "
-          f"{config.max_length} tokens a sequence, {config.batch_size} sequences a step, corpus {config.dataset_name}, on {device}")
+    if name == "auto":
+        name = automatic_preset()
+        why = f" (chosen because there is {'a' if device.type == 'cuda' else 'no'} CUDA GPU)"
+    print(f"preset {name}{why}: {model.attention.upper()} with {model.num_layers} layers "
+          f"of width {model.embedding_dim}, {config.max_length} tokens a sequence, "
+          f"{config.batch_size} sequences a step, corpus {config.dataset_name}, on {device}")
     result = optimus.train(model, config, resume=command.resume, say=say_above_the_bar)
+    last = result.history[-1]
     if result.stopped_by:
-        print(f"stopped by signal {result.stopped_by} after step {result.history[-1]['step']} and saved {result.checkpoint}; continue with\n"
+        print(f"stopped by signal {result.stopped_by} after step {last['step']} "
+              f"and saved {result.checkpoint}; continue with\n"
               f"    optimus train --resume {' '.join(a for a in argv[1:] if a != '--resume')}".rstrip())
         return 128 + result.stopped_by
-    last = result.history[-1]
-    print(f"\ntrained {result.model.num_parameters():,} parameters for {last['step']:,} steps; held-out loss {last['validation_loss']:.3f}, "
-          f"{last['bits_per_byte']:.3f} bits per byte\nsaved {result.checkpoint}\n\nnext:\n"
+    print(f"\ntrained {result.model.num_parameters():,} parameters for {last['step']:,} steps; "
+          f"held-out loss {last['validation_loss']:.3f}, {last['bits_per_byte']:.3f} bits per byte\n"
+          f"saved {result.checkpoint}\n\nnext:\n"
           f"    optimus generate \"The public debt\"\n    tensorboard --logdir {config.tensorboard_dir}")
     return 0
 
@@ -114,17 +119,19 @@ def say_above_the_bar(text: str):
 
 
 def open_checkpoint(path_or_name: str | None):
-    """(model, tokenizer) of a checkpoint, run, saved folder or shipped model; by default the newest checkpoint here."""
+    """(model, tokenizer) of a checkpoint, run, saved folder or shipped model; by default the newest here."""
     shipped = shipped_models()
     if path_or_name is None:
         folder = latest_checkpoint(CHECKPOINTS) if Path(CHECKPOINTS).is_dir() else None
-        if folder is None and not shipped: raise ValueError(f"no checkpoint in ./{CHECKPOINTS}; `optimus train` makes one")
+        if folder is None and not shipped:
+            raise ValueError(f"no checkpoint in ./{CHECKPOINTS}; `optimus train` makes one")
         folder = folder or next(iter(shipped.values()))
     elif path_or_name in shipped: folder = shipped[path_or_name]
     else:
         folder = Path(path_or_name)
-        if not folder.is_dir(): raise ValueError(f"no checkpoint {path_or_name!r}: not a folder"
-                                                 f"{' and not one of ' + ', '.join(shipped) if shipped else ''}")
+        if not folder.is_dir():
+            names = f" and not one of {', '.join(shipped)}" if shipped else ""
+            raise ValueError(f"no checkpoint {path_or_name!r}: not a folder{names}")
         if not (folder / "model.safetensors").is_file(): folder = latest_checkpoint(folder) or folder
     model = optimus.LanguageModel.from_pretrained(folder).to(best_device()).eval()
     print(f"({folder}, {model.num_parameters():,} parameters)", file=sys.stderr)
@@ -133,8 +140,8 @@ def open_checkpoint(path_or_name: str | None):
 
 def generate(command: Generate) -> int:
     model, tokenizer = open_checkpoint(command.checkpoint)
-    settings = dict(max_new_tokens=command.max_new_tokens, temperature=command.temperature, top_k=command.top_k,
-                    top_p=command.top_p, min_p=command.min_p, seed=command.seed)
+    settings = dict(max_new_tokens=command.max_new_tokens, temperature=command.temperature, seed=command.seed,
+                    top_k=command.top_k, top_p=command.top_p, min_p=command.min_p)
     if command.prompt is not None:
         write(model, tokenizer, command.prompt, settings)
         return 0
@@ -149,13 +156,13 @@ def write(model, tokenizer, prompt: str, settings: dict):
     print()
 
 
-COMMANDS = {"/temperature": ("temperature", float), "/top-p": ("top_p", float), "/top-k": ("top_k", int), "/min-p": ("min_p", float),
-            "/seed": ("seed", int), "/tokens": ("max_new_tokens", int)}
+COMMANDS = {"/temperature": ("temperature", float), "/top-p": ("top_p", float), "/top-k": ("top_k", int),
+            "/min-p": ("min_p", float), "/seed": ("seed", int), "/tokens": ("max_new_tokens", int)}
 
 
 def prompt_loop(model, tokenizer, settings: dict) -> int:
     """Prompts one after the other; Ctrl-C ends a text, /quit or Ctrl-D the program."""
-    try: import readline  # noqa: F401  gives input() its history
+    try: import readline  # gives input() its history
     except ImportError: pass
     print(f"Type the beginning of a text. {', '.join(COMMANDS)} VALUE change a setting; /quit ends.")
     while True:
@@ -180,9 +187,11 @@ def info() -> int:
     device = best_device()
     detail = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"optimus {version('optimus')}, Python {platform.python_version()}, torch {torch.__version__}, "
-          f"transformers {version('transformers')}, datasets {version('datasets')}\ndevice: {device} ({detail})\npresets:")
+          f"transformers {version('transformers')}, datasets {version('datasets')}\n"
+          f"device: {device} ({detail})\npresets:")
     for name, (model, training) in PRESETS.items():
-        print(f"    {name}: {model.attention.upper()}, {model.num_layers} layers, width {model.embedding_dim}, vocabulary {model.vocab_size:,}, "
+        print(f"    {name}: {model.attention.upper()}, {model.num_layers} layers, "
+              f"width {model.embedding_dim}, vocabulary {model.vocab_size:,}, "
               f"corpus {training.dataset_name}, {training.max_length} tokens a sequence")
     print(f"shipped models: {', '.join(shipped_models()) or 'none'}")
     return 0

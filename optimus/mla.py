@@ -35,8 +35,7 @@ def absorbed_attend(q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor
 
     q_nope: (B, T, H, d_nope), q_rope: (B, T, H, d_rope), c_kv: (B, S, r), k_rope: (B, S, d_rope),
     W_UK: (H, d_nope, r), W_UV: (H, d_v, r), pos: (T,) or (B, T)  ->  (B, T, H, d_v).
-    Key s stands at position s, or at `pos` when T == S. Scores are scaled by 1/sqrt(d_nope + d_rope); their
-    softmax is taken in at least float32.
+    Key s stands at position s, or at `pos` when T == S. Scores are scaled by 1/sqrt(d_nope + d_rope).
     """
     (T, H, d_nope), S, d_rope = q_nope.shape[1:], c_kv.shape[1], q_rope.shape[-1]
     scale = (d_nope + d_rope) ** -0.5
@@ -45,8 +44,7 @@ def absorbed_attend(q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor
     scores = torch.baddbmm(scores, q_latent.flatten(1, 2), c_kv.mT, beta=scale, alpha=scale)
     seen = causal_mask(pos if T < S else torch.arange(T, device=pos.device), S)  # (T, S) or (B, T, S)
     scores = scores.unflatten(1, (T, H)).masked_fill(~seen[..., None, :], float("-inf"))  # (B, T, H, S)
-    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(c_kv.dtype)
-    y_latent = torch.bmm(weights.flatten(1, 2), c_kv).unflatten(1, (T, H))  # (B, T, H, r): means of latents
+    y_latent = torch.bmm(scores.softmax(-1).flatten(1, 2), c_kv).unflatten(1, (T, H))  # (B, T, H, r)
     return torch.einsum("bthr,hdr->bthd", y_latent, W_UV)  # (B, T, H, d_v)
 
 # %% ../notebooks/05_mla.ipynb #a0156ed9

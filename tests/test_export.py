@@ -9,17 +9,24 @@ ROOT = Path(__file__).resolve().parent.parent
 HAND_WRITTEN = {"__init__.py", "cli.py"}
 
 
+def generated(root: Path) -> dict[str, str]:
+    """The name and text of every generated file below `root`."""
+    files = [p for p in (root / "optimus").glob("*.py") if p.name not in HAND_WRITTEN]
+    return {p.name: p.read_text(encoding="utf-8") for p in files}
+
+
 def export(root: Path) -> dict[str, str]:
     """Export the notebooks below `root` and return the text of every generated file."""
-    environment = {k: v for k, v in os.environ.items() if k != "IN_TEST"}  # with IN_TEST set, nbdev exports nothing
+    environment = {k: v for k, v in os.environ.items() if k != "IN_TEST"}  # if set, nbdev exports nothing
     command = Path(sys.executable).with_name("nbdev-export")
     subprocess.run([command], cwd=root, env=environment, check=True, capture_output=True)
-    return {p.name: p.read_text(encoding="utf-8") for p in (root / "optimus").glob("*.py") if p.name not in HAND_WRITTEN}
+    return generated(root)
 
 
 def fresh_tree(folder: Path) -> Path:
     """A copy of the project without any generated module."""
-    shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    ignore = shutil.ignore_patterns(".ipynb_checkpoints")
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=ignore)
     (folder / "optimus").mkdir()
     for name in HAND_WRITTEN: shutil.copy(ROOT / "optimus" / name, folder / "optimus")
     shutil.copy(ROOT / "pyproject.toml", folder)
@@ -28,8 +35,7 @@ def fresh_tree(folder: Path) -> Path:
 
 
 def test_package_equals_the_export_of_the_notebooks(tmp_path):
-    exported = export(fresh_tree(tmp_path))
-    here = {p.name: p.read_text(encoding="utf-8") for p in (ROOT / "optimus").glob("*.py") if p.name not in HAND_WRITTEN}
+    exported, here = export(fresh_tree(tmp_path)), generated(ROOT)
     assert exported.keys() == here.keys()
     differing = [name for name in exported if exported[name] != here[name]]
     assert differing == [], f"run nbdev-export: {differing} differ from their notebooks"

@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 class ForkServer:
     """A process that has imported torch once and forks a training child for every request."""
     def __init__(self, environment):
-        self.process = subprocess.Popen([sys.executable, ROOT / "tests" / "fork_server.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        text=True, env={**os.environ, **environment, "OMP_NUM_THREADS": "1"})
+        self.process = subprocess.Popen(
+            [sys.executable, ROOT / "tests" / "fork_server.py"], text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, env={**os.environ, **environment, "OMP_NUM_THREADS": "1"})
 
     def start(self, **settings) -> int:
         """Begin a child and return its process number."""
@@ -56,7 +57,8 @@ def unfinished_save(folder: Path) -> bool:
 
 
 def test_forty_kills_leave_the_curve_as_it_was(server, tmp_path):
-    places = {name: dict(checkpoint_dir=str(tmp_path / name), tensorboard_dir=str(tmp_path / f"{name}-runs"), run_name="run") for name in "ab"}
+    places = {name: dict(checkpoint_dir=str(tmp_path / name), tensorboard_dir=str(tmp_path / f"{name}-runs"),
+                         run_name="run") for name in "ab"}
     server.start(**places["a"])
     assert server.wait() == 0
     whole = logged(tmp_path / "a" / "run")
@@ -91,8 +93,9 @@ def run_cli(tmp_path, *arguments, **options):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
-SMALL = ["--preset", "tiny", "--corpus", "corpus.txt", "--model.vocab-size", "300", "--model.embedding-dim", "32", "--model.num-layers", "2",
-         "--training.max-length", "16", "--training.num-workers", "0", "--training.sample-interval", "0", "--training.tokenizer", "None"]
+SMALL = ["--preset", "tiny", "--corpus", "corpus.txt", "--model.vocab-size", "300",
+         "--model.embedding-dim", "32", "--model.num-layers", "2", "--training.max-length", "16",
+         "--training.num-workers", "0", "--training.sample-interval", "0", "--training.tokenizer", "None"]
 
 
 @pytest.fixture
@@ -143,7 +146,8 @@ def test_killed_by_hand_and_resumed_shows_one_curve(tmp_path, corpus):
 def test_when_every_checkpoint_is_damaged_the_command_fails(tmp_path, corpus):
     child = run_cli(tmp_path, "train", *SMALL, "--training.max-steps", "3")
     assert child.wait(timeout=60) == 0
-    for folder in step_folders(tmp_path / "checkpoints" / "run-001"): (folder / "model.safetensors").write_bytes(b"damaged")
+    for folder in step_folders(tmp_path / "checkpoints" / "run-001"):
+        (folder / "model.safetensors").write_bytes(b"damaged")
     for arguments in (["train", *SMALL, "--training.max-steps", "3", "--resume"], ["generate", "the"]):
         child = run_cli(tmp_path, *arguments)
         out, err = child.communicate(timeout=60)
@@ -162,9 +166,11 @@ def test_interrupting_a_notebook_cell_keeps_the_kernel_and_the_result(tmp_path, 
     cells = [f"import os, sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
              "from fork_server import *\nfrom pathlib import Path\n"
              f"Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
-             f"config = TrainingConfig(**CONFIG | dict(max_steps=10**6, save_interval=10**6, eval_interval=10**6, run_name='run',\n"
+             "config = TrainingConfig(**CONFIG | dict(\n"
+             "    max_steps=10**6, save_interval=10**6, eval_interval=10**6, run_name='run',\n"
              f"    checkpoint_dir={str(tmp_path / 'c')!r}, tensorboard_dir={str(tmp_path / 'r')!r}))",
-             "result = train(ModelConfig(**MODEL), config, corpus={'text': TEXTS}, tokenizer=train_tokenizer(TEXTS, 280), progress=False)",
+             "result = train(ModelConfig(**MODEL), config, corpus={'text': TEXTS}, progress=False,\n"
+             "               tokenizer=train_tokenizer(TEXTS, 280))",
              "(result.stopped_by, result.checkpoint.is_dir(), len(result.history) > 3)"]
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
     client = NotebookClient(nb, timeout=60, kernel_name="python3")
@@ -181,6 +187,8 @@ def test_interrupting_a_notebook_cell_keeps_the_kernel_and_the_result(tmp_path, 
 # The source
 
 FORBIDDEN = re.compile(r"weights_only\s*=\s*False|trust_remote_code\s*=\s*True|shell\s*=\s*True")
+RUNNERS = {"eval", "exec", "os.system", "pickle.load", "pickle.loads", "marshal.loads", "dill.load",
+           "joblib.load"}
 
 
 def dangerous(source: str) -> list[str]:
@@ -189,8 +197,8 @@ def dangerous(source: str) -> list[str]:
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call): continue
         name = ast.unparse(node.func)
-        if name in {"eval", "exec", "os.system", "pickle.load", "pickle.loads", "marshal.loads", "dill.load", "joblib.load"}: found.append(name)
-        if name == "torch.load" and not any(k.arg == "weights_only" for k in node.keywords): found.append(name)
+        if name in RUNNERS: found.append(name)
+        if name == "torch.load" and "weights_only" not in {k.arg for k in node.keywords}: found.append(name)
     return found
 
 
@@ -199,6 +207,7 @@ def test_nothing_that_is_read_can_run_code(path):
     assert dangerous(path.read_text(encoding="utf-8")) == []
 
 
-@pytest.mark.parametrize("line", ["torch.load(p)", "torch.load(p, weights_only=False)", "eval(x)", "pickle.load(f)", "run(c, shell=True)",
-                                  "load(n, trust_remote_code = True)", "os.system('x')"])
+@pytest.mark.parametrize("line", ["torch.load(p)", "torch.load(p, weights_only=False)", "eval(x)",
+                                  "pickle.load(f)", "run(c, shell=True)", "load(n, trust_remote_code = True)",
+                                  "os.system('x')"])
 def test_the_guard_sees_what_it_is_for(line): assert dangerous(line)

