@@ -3,6 +3,7 @@
 Modules:
 
 - `optimus.attention`: Let every position read a weighted mean of the positions before it.
+- `optimus.benchmark`: Predict what a training run costs, run it, and say what share of the machine it really used.
 - `optimus.cache`: Remember what each layer made of the past, so that a new token costs the work of one token.
 - `optimus.checkpoint`: Write down everything the next step depends on, whole or not at all, and load only what proves to be undamaged.
 - `optimus.config`: Write every size down once, refuse what cannot work, and predict cost before anything is built.

@@ -88,7 +88,9 @@ def init_weights(model: nn.Module, std: float = 0.02) -> None:
 def chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int = 256) -> Tensor:
     """`lm_loss` in plain PyTorch: logits of `rows` tokens at a time, recomputed in the backward pass."""
     def part(hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
+        logits = F.linear(hidden, weight)  # (rows, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, targets, reduction="sum")
     chunks = zip(hidden.split(rows), targets.split(rows))
     losses = [checkpoint(part, h, t, use_reentrant=False) for h, t in chunks]
     return torch.stack(losses).sum() / (targets != -100).sum()
@@ -100,12 +102,12 @@ def lm_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     hidden: (N, C), weight: (V, C), targets: (N,) int64, -100 is not counted  ->  a scalar, at least float32,
     with F.cross_entropy's value and gradients. Under autocast: products in its dtype, sums in float32.
     """
-    kind = hidden.device.type
+    kind, rows = hidden.device.type, 256 if hidden.device.type == "cpu" else 2048
     if torch.is_autocast_enabled(kind):
         hidden, weight = (x.to(torch.get_autocast_dtype(kind)) for x in (hidden, weight))
     if hidden.dtype.itemsize < 4 or not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        return chunked_loss(hidden, weight, targets, rows=256 if kind == "cpu" else 2048)
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=256, chunking_method=None)
+        return chunked_loss(hidden, weight, targets, rows)
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
     return F.linear_cross_entropy(hidden, weight, targets, options=options)
 
 # %% ../notebooks/08_transformer.ipynb #d24d9062

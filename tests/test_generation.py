@@ -68,7 +68,7 @@ def test_filtered_sets_and_values_equal_those_of_transformers(columns, seed):
     logits = ties(7, columns, seed)
     for ours, theirs in (
             *((keep_top_k(logits, k), TopKLogitsWarper(k)) for k in (1, 2, 5, 60, 5000)),
-            *((keep_top_p(logits, p), TopPLogitsWarper(p)) for p in (1e-6, 0.1, 0.5, 0.9, 0.999, 1.0)),
+            *((keep_top_p(logits, p), TopPLogitsWarper(p)) for p in (1e-9, 1e-6, 0.1, 0.5, 0.9, 0.999, 1.0)),
             *((keep_min_p(logits, m), MinPLogitsWarper(m)) for m in (0.0, 0.01, 0.3, 1.0))):
         assert torch.equal(ours, theirs(None, logits)), theirs
     for t in (0.1, 0.7, 1.0, 3.0):
@@ -107,6 +107,8 @@ def test_boundary_token_included_by_hand():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     for top_p, size in ((0.4, 1), (0.6, 2), (0.79, 2), (0.9, 3), (0.99, 4), (1, 4)):
         assert keep_top_p(logits, top_p).isfinite().sum() == size
+    for top_p, size in ((0.25, 1), (0.5, 2), (0.75, 3), (1, 4)):  # reached exactly, by one of equals
+        assert keep_top_p(torch.zeros(1, 4), top_p).isfinite().sum() == size
 
 
 def test_temperature_zero_is_greedy_and_extremes_are_finite():

@@ -306,6 +306,14 @@ def test_the_loss_is_pytorchs_with_its_gradients(form, N):
     for a, b in zip(got, wanted): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_the_gradient_of_the_plain_form():
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(n, 7, dtype=torch.double, requires_grad=True) for n in (5, 11))
+    targets = torch.tensor([3, 0, -100, 10, 3])
+    assert torch.autograd.gradcheck(lambda h, w: chunked_loss(h, w, targets, rows=2), (hidden, weight))
+    assert lm_loss(hidden, weight, targets).dtype == torch.float64
+
+
 @pytest.mark.parametrize("form", [lm_loss, chunked_loss])
 def test_the_loss_in_low_precision_is_summed_in_float32(form):
     torch.manual_seed(0)
@@ -383,6 +391,11 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model(tokens), model(tokens))
     model.train()
     assert not torch.equal(model(tokens), model(tokens))
+    entering = []
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: entering.append(inputs[0]))
+    model(tokens)
+    embedded, dropped = model.embedding(tokens), entering[0] == 0
+    assert 0.4 < dropped.double().mean() < 0.6 and torch.equal(entering[0][~dropped], 2 * embedded[~dropped])
 
 
 # Files
