@@ -1,4 +1,6 @@
 """The command line: parse, call, print. Everything it calls is exported from a notebook."""
+import contextlib
+import importlib
 import sys
 import warnings
 from dataclasses import dataclass, field, replace
@@ -162,8 +164,7 @@ COMMANDS = {"/temperature": ("temperature", float), "/top-p": ("top_p", float), 
 
 def prompt_loop(model, tokenizer, settings: dict) -> int:
     """Prompts one after the other; Ctrl-C ends a text, /quit or Ctrl-D the program."""
-    try: import readline  # gives input() its history
-    except ImportError: pass
+    with contextlib.suppress(ImportError): importlib.import_module("readline")  # gives input() its history
     print(f"Type the beginning of a text. {', '.join(COMMANDS)} VALUE change a setting; /quit ends.")
     while True:
         try: line = input("> ")

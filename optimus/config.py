@@ -160,7 +160,7 @@ TRAINING_RANGES = {
     "optimizer": ("adamw", "muon"), "beta1": "[0, 1)", "beta2": "[0, 1)",
     "amp": ("auto", "bf16", "fp16", "off"), "micro_batch_size": "[1, inf)", "eval_interval": "[1, inf)",
     "eval_batches": "[0, inf)", "save_interval": "[1, inf)", "sample_interval": "[0, inf)",
-    "log_interval": "[1, inf)", "keep_last": "[1, inf)", "seed": "[0, 4294967295]",
+    "keep_last": "[1, inf)", "seed": "[0, 4294967295]",
 }
 
 # %% ../notebooks/07_config.ipynb #3408f60d
@@ -179,7 +179,7 @@ class TrainingConfig(Record):
     num_workers: int = 4               # processes that load data
     checkpoint_dir: str = "checkpoints"
     tensorboard_dir: str = "runs"
-    dataset_config: str = "20231101.en"  # which Wikipedia
+    dataset_config: str | None = None  # edition of a hub dataset; None: 20231101.en for Wikipedia
     tokenizer: str | None = None       # what load_tokenizer takes; None: the one that fits vocab_size
     max_steps: int | None = None       # optimizer steps; None: num_epochs decides
     warmup: float = 0.05               # fraction of the steps in which the learning rate rises
@@ -193,7 +193,6 @@ class TrainingConfig(Record):
     eval_batches: int = 50             # validation batches at most; 0: all
     save_interval: int = 500           # steps between checkpoints
     sample_interval: int = 500         # steps between printed samples; 0: never
-    log_interval: int = 10             # steps between logged rows
     keep_last: int = 3                 # checkpoints kept beside the best
     seed: int = 0                      # of weights, order and dropout
     compile: bool = False              # torch.compile the blocks
@@ -208,8 +207,9 @@ class TrainingConfig(Record):
 PRESETS = {
     "tiny": (ModelConfig(vocab_size=4096, embedding_dim=128, num_layers=4, num_attention_heads=4,
                          checkpointing=False, rope_seq_len=256, dropout=0.0),
-             TrainingConfig(dataset_name="sotu", batch_size=8, max_length=128, learning_rate=6e-3,
-                            min_learning_rate=0.0, optimizer="muon", max_steps=1200, num_workers=0)),
+             TrainingConfig(dataset_name="sotu", batch_size=8, max_length=128, learning_rate=1e-2,
+                            min_learning_rate=0.0, optimizer="muon", max_steps=900, num_workers=0,
+                            eval_interval=300, eval_batches=32, save_interval=300, sample_interval=300)),
     "base": (ModelConfig(), TrainingConfig()),
 }
 

@@ -290,7 +290,7 @@ def choose_tokenizer(model_config: ModelConfig, training_config: TrainingConfig,
 
 # %% ../notebooks/12_training.ipynb #dba333f5
 FREE_TO_CHANGE = {"num_workers", "checkpoint_dir", "tensorboard_dir", "eval_interval", "eval_batches",
-                  "save_interval", "keep_last", "sample_interval", "log_interval", "micro_batch_size",
+                  "save_interval", "keep_last", "sample_interval", "micro_batch_size",
                   "compile", "run_name"}
 
 def check_same_run(saved: dict[str, Any], new: dict[str, Any]) -> None:

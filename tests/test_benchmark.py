@@ -1,4 +1,7 @@
-"""What must stay true of optimus.benchmark. Derived in notebooks/15_train_on_cuda.ipynb. Nothing timed is asserted."""
+"""What must stay true of optimus.benchmark. Derived in notebooks/15_train_on_cuda.ipynb.
+
+Nothing timed is asserted: clocks are replaced where a test needs one.
+"""
 import math
 from dataclasses import replace
 
@@ -8,8 +11,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from optimus.benchmark import (LiveBytes, create_optimizer_state, measure_gemm_rate, measure_training, median_seconds,
-                               model_flops_utilization, state_bytes, table, training_flops_per_token)
+from optimus.benchmark import (LiveBytes, create_optimizer_state, measure_gemm_rate, measure_training,
+                               median_seconds, model_flops_utilization, state_bytes, table,
+                               training_flops_per_token)
 from optimus.config import ModelConfig, TrainingConfig, flops_per_token, training_memory
 from optimus.training import start_run
 from optimus.transformer import LanguageModel
@@ -30,12 +34,6 @@ def counted(config):
     return counter.get_total_flops()
 
 
-def extra(config):
-    """FLOPs per token and pass that the step-by-step attention adds: the masked half, and MLA's padded values."""
-    masked = flops_per_token(config, T) - flops_per_token(config, (T + 1) / 2)
-    return masked + (L * T * H * 2 * config.qk_rope_head_dim if config.attention == "mla" else 0)
-
-
 def measure(config=SMALL, **changes):
     settings = dict(batch_size=B, max_length=T, amp="off", device="cpu", steps=1, gemm_rate=7e9)
     return measure_training(config, **(settings | changes))
@@ -43,8 +41,9 @@ def measure(config=SMALL, **changes):
 
 @KINDS
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("changes", [{}, dict(num_layers=2, num_attention_heads=3, num_kv_heads=1),
-                                     dict(tie_embeddings=False, mlp_ratio=7, intermediate_size=None)], ids=str)
+@pytest.mark.parametrize("changes", [
+    {}, dict(num_layers=2, num_attention_heads=3, num_kv_heads=1),
+    dict(tie_embeddings=False, mlp_ratio=7, intermediate_size=None)], ids=str)
 def test_hardware_flops_are_those_that_torch_counts(kind, dropout, changes):
     for checkpointing, passes in ((False, 3), (True, 4)):
         config = replace(SMALL, attention=kind, dropout=dropout, checkpointing=checkpointing, **changes)
@@ -56,7 +55,8 @@ def test_hardware_flops_are_those_that_torch_counts(kind, dropout, changes):
 
 @KINDS
 def test_model_flops_do_not_know_of_checkpointing(kind):
-    on, off = (training_flops_per_token(replace(SMALL, attention=kind, checkpointing=c), T) for c in (True, False))
+    on, off = (training_flops_per_token(replace(SMALL, attention=kind, checkpointing=c), T)
+               for c in (True, False))
     assert on["model"] == off["model"] == off["hardware"] == 3 * off["forward"] and off["recomputed"] == 0
     assert on["hardware"] == on["model"] + on["recomputed"] and 0 < on["recomputed"] < on["forward"]
 
@@ -99,7 +99,8 @@ def test_live_bytes_sees_what_autograd_saves(kind):
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
 
     def keep(x):
-        if x.untyped_storage()._cdata not in weights: saved[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        storage = x.untyped_storage()
+        if storage._cdata not in weights: saved[storage._cdata] = storage.nbytes()
         return x
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), \
          LiveBytes([*model.parameters(), tokens]) as live:

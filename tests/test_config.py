@@ -36,19 +36,20 @@ BAD_MODEL = {
 }
 BAD_TRAINING = {
     **dict.fromkeys(("batch_size", "max_length", "num_epochs", "dataset_size", "eval_interval",
-                     "save_interval", "log_interval", "keep_last"), NOT_WHOLE),
+                     "save_interval", "keep_last"), NOT_WHOLE),
     **dict.fromkeys(("learning_rate", "gradient_clip_val"), [0, -1.0, math.nan, math.inf, "a", True, None]),
     **dict.fromkeys(("weight_decay", "min_learning_rate"), [-1e-9, math.nan, math.inf, "a", True, None]),
     **dict.fromkeys(("warmup", "beta1", "beta2"), [-0.1, 1, math.nan, "a", True, None]),
     **dict.fromkeys(("num_workers", "eval_batches", "sample_interval"), [-1, 1.5, True, "a", None, math.nan]),
     **dict.fromkeys(("max_steps", "micro_batch_size"), [0, -1, 1.5, True, "a", math.nan]),
-    **dict.fromkeys(("dataset_name", "checkpoint_dir", "tensorboard_dir", "dataset_config"), NOT_TEXT),
+    **dict.fromkeys(("dataset_name", "checkpoint_dir", "tensorboard_dir"), NOT_TEXT),
     "train_val_split": [0, 1, -0.1, math.nan, "a", True, None],
     "seed": [-1, 2**32, 1.5, True, "a", None],
     "optimizer": ["sgd", "", None],
     "amp": ["on", True, None],
     "compile": NOT_TRUTH,
     "tokenizer": ["", 3, True],
+    "dataset_config": ["", 3, True],
     "run_name": ["", 3, "..", "a/b", "a\\b"],
 }
 CASES = [(cls, name, value) for cls, bad in ((ModelConfig, BAD_MODEL), (TrainingConfig, BAD_TRAINING))

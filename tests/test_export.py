@@ -48,3 +48,9 @@ def test_a_changed_notebook_changes_the_export(tmp_path):
     assert "class RMSNorm" in text
     notebook.write_text(text.replace("class RMSNorm", "class RMSNorm2"), encoding="utf-8")
     assert "class RMSNorm2" in export(tree)["norm.py"]
+
+
+def test_ruff_finds_nothing():
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "optimus", "tests", "notebooks"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout

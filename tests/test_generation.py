@@ -178,6 +178,13 @@ def test_a_bad_prompt_says_what_is_wrong(tokens, words):
     with pytest.raises(ValueError, match=words): generate(make_model(), tokens, 3)
 
 
+def test_a_bad_id_in_the_part_that_is_cut_off_is_found_too():
+    tokens = torch.zeros(1, 3 * WINDOW, dtype=torch.int64)
+    tokens[0, 0] = V
+    for bad in (tokens, tokens[0].tolist()):
+        with pytest.raises(ValueError, match=r"\[0, 61\), got 61"): generate(make_model(), bad, 3)
+
+
 @pytest.mark.parametrize("eos", [-1, V, 1.0, True, "a"])
 def test_a_bad_end_of_text_id_is_refused(eos):
     with pytest.raises(ValueError, match=r"eos_token_id must be in \[0, 61\)"):
@@ -325,7 +332,10 @@ def test_dropout_is_off_and_every_mode_comes_back(training):
 
 
 def test_no_graph_is_kept():
-    assert not generate(make_model(), prompt(), 2).requires_grad and torch.is_grad_enabled()
+    model, enabled = make_model(), []
+    model.norm.register_forward_hook(lambda *_: enabled.append(torch.is_grad_enabled()))
+    generate(model, prompt(), 2)
+    assert enabled and not any(enabled) and torch.is_grad_enabled()
 
 
 # End of text
