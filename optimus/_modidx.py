@@ -208,6 +208,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'optimus.training.make_optimizer': ('training.html#make_optimizer', 'optimus/training.py'),
                                   'optimus.training.orthogonalize': ('training.html#orthogonalize', 'optimus/training.py'),
                                   'optimus.training.sample_text': ('training.html#sample_text', 'optimus/training.py'),
+                                  'optimus.training.set_aside_newer': ('training.html#set_aside_newer', 'optimus/training.py'),
                                   'optimus.training.speed_and_memory': ('training.html#speed_and_memory', 'optimus/training.py'),
                                   'optimus.training.start_run': ('training.html#start_run', 'optimus/training.py'),
                                   'optimus.training.total_steps': ('training.html#total_steps', 'optimus/training.py'),

@@ -132,7 +132,7 @@ def state_bytes(run: RunState) -> dict[str, int]:
             "gradients": sum(p.grad.nbytes for p in parameters if p.grad is not None)}
 
 def peak_bytes(step: Callable[[], Any], run: RunState, device: torch.device) -> int:
-    """The most bytes alive during `step()`: CUDA's allocator counts them, or `LiveBytes` without compile."""
+    """The most bytes alive during `step()`: CUDA's allocator knows; on a CPU LiveBytes does, uncompiled."""
     if device.type == "cuda":
         synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -140,7 +140,6 @@ def peak_bytes(step: Callable[[], Any], run: RunState, device: torch.device) -> 
         synchronize(device)
         return torch.cuda.max_memory_allocated(device)
     moments = (x for state in run.optimizer.state.values() for x in state.values() if torch.is_tensor(x))
-    run.optimizer.zero_grad(set_to_none=True)
     with torch.compiler.set_stance("force_eager"), LiveBytes([*run.model.parameters(), *moments]) as live:
         step()
     return live.peak

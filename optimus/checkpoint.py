@@ -90,6 +90,9 @@ def save_checkpoint(run_folder: str | Path, model: LanguageModel, step: int, *,
     CheckpointError when the weights are not finite (nothing is written) or the disk refuses (the temporary
     folder is removed, older checkpoints stay).
     """
+    if keep_last < 1: raise ValueError(f"keep_last is {keep_last}; it must be at least 1")
+    if not isinstance(step, int) or step < 0:
+        raise ValueError(f"step is {step!r}; it must be a whole number of at least 0")
     for name, parameter in model.state_dict().items():
         if parameter.is_floating_point() and not parameter.isfinite().all():
             raise CheckpointError(f"refusing to save step {step}: {name} holds NaN or infinity")
@@ -109,20 +112,23 @@ def save_checkpoint(run_folder: str | Path, model: LanguageModel, step: int, *,
         shutil.rmtree(half, ignore_errors=True)
         why = explain(error, run)
         raise CheckpointError(f"could not write the checkpoint {run / name}: {why}") from error
-    prune(run, keep_last, best_step)
+    prune(run, keep_last, step, best_step)
     return run / name
 
 # %% ../notebooks/11_checkpoints.ipynb #0361face
 def remove_leftovers(run_folder: str | Path) -> list[str]:
     """Delete what an interrupted save or prune left behind (its names begin with a dot); return the names."""
     leftovers = [p for p in Path(run_folder).glob(".*-step-*") if re.match(r"\.(half|old)-step-\d+$", p.name)]
-    for path in leftovers: shutil.rmtree(path, ignore_errors=True)
+    for path in leftovers:
+        lost = path.name.startswith(".old-") and not step_folders(run_folder) and problem(path) is None
+        if lost: os.replace(path, path.with_name(path.name.removeprefix(".old-")))  # killed inside `publish`
+        else: shutil.rmtree(path, ignore_errors=True)
     return [p.name for p in leftovers]
 
-def prune(run_folder: str | Path, keep_last: int, best_step: int | None = None) -> None:
-    """Delete all checkpoints but the newest `keep_last` and the best. A failed delete is only a warning."""
+def prune(run_folder: str | Path, keep_last: int, *keep_steps: int | None) -> None:
+    """Delete all checkpoints but the newest `keep_last` and `keep_steps`; a failed delete is a warning."""
     for path in step_folders(run_folder)[:-keep_last]:
-        if int(path.name[5:]) == best_step: continue
+        if int(path.name[5:]) in keep_steps: continue
         doomed = path.with_name(f".old-{path.name}")
         try:
             os.replace(path, doomed)  # out of sight at once: a half-deleted folder is never a checkpoint
@@ -186,6 +192,7 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     """
     runs = [folder, *sorted(p for p in Path(folder).glob("*") if p.is_dir())]
     found = [p for run in runs for p in step_folders(run)]
+    if (Path(folder) / "manifest.json").is_file(): found = [Path(folder)]
     within_one_run = len({p.parent for p in found}) == 1
     found.sort(key=lambda p: (0 if within_one_run else p.stat().st_mtime_ns, p.name))
     for path in reversed(found):

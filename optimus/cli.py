@@ -1,6 +1,9 @@
 """The command line: parse, call, print. Everything it calls is exported from a notebook."""
 import contextlib
 import importlib
+import io
+import re
+import shlex
 import sys
 import warnings
 from dataclasses import dataclass, field, replace
@@ -60,23 +63,36 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
-        command = tyro.cli(
-            Annotated[Train, tyro.conf.subcommand("train", default=train_defaults(argv))]
-            | Annotated[Generate, tyro.conf.subcommand("generate")]
-            | Annotated[Info, tyro.conf.subcommand("info")],
-            prog="optimus", description="Train, run and inspect small language models.", args=argv,
-            config=(tyro.conf.OmitSubcommandPrefixes,))
+        command = parse(argv)
         if isinstance(command, Train): return train(command, argv)
         return generate(command) if isinstance(command, Generate) else info()
     except BrokenPipeError:  # the reader has gone, as in `optimus info | head`
         sys.stdout = None
         return 141
-    except (ValueError, OSError, CheckpointError, FloatingPointError) as error:
+    except (ValueError, OSError, CheckpointError, FloatingPointError, torch.OutOfMemoryError) as error:
         print(f"optimus: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\noptimus: interrupted", file=sys.stderr)
         return 130
+
+
+def parse(argv: list[str]) -> Train | Generate | Info:
+    """The command that the words ask for; a bad flag or value ends the program with code 2 and a sentence."""
+    commands = (Annotated[Train, tyro.conf.subcommand("train", default=train_defaults(argv))]
+                | Annotated[Generate, tyro.conf.subcommand("generate")]
+                | Annotated[Info, tyro.conf.subcommand("info")])
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(commands, prog="optimus", args=argv, config=(tyro.conf.OmitSubcommandPrefixes,),
+                            description="Train, run and inspect small language models.")
+    except SystemExit as end:
+        text = " ".join(re.sub(r"[╭╮╰╯─│]|\x1b\[[\d;]*m", " ", box.getvalue()).split())
+        text = re.sub(r"^(Parsing error|Value error|Unrecognized options) |Error parsing \S+: ", "", text)
+        text = re.sub(r"\.? For full helptext, (run|see) ", "; see ", text)
+        if text: print(f"optimus: {text}", file=sys.stderr)
+        raise end
 
 
 def train_defaults(argv: list[str]) -> Train:
@@ -106,12 +122,15 @@ def train(command: Train, argv: list[str]) -> int:
     if result.stopped_by:
         print(f"stopped by signal {result.stopped_by} after step {last['step']} "
               f"and saved {result.checkpoint}; continue with\n"
-              f"    optimus train --resume {' '.join(a for a in argv[1:] if a != '--resume')}".rstrip())
+              f"    optimus train --resume {shlex.join(a for a in argv[1:] if a != '--resume')}".rstrip())
         return 128 + result.stopped_by
+    named = f" --checkpoint {shlex.quote(str(result.checkpoint))}"
+    where = "" if config.checkpoint_dir == CHECKPOINTS else named
     print(f"\ntrained {result.model.num_parameters():,} parameters for {last['step']:,} steps; "
           f"held-out loss {last['validation_loss']:.3f}, {last['bits_per_byte']:.3f} bits per byte\n"
           f"saved {result.checkpoint}\n\nnext:\n"
-          f"    optimus generate \"The public debt\"\n    tensorboard --logdir {config.tensorboard_dir}")
+          f"    optimus generate \"The public debt\"{where}\n"
+          f"    tensorboard --logdir {config.tensorboard_dir}")
     return 0
 
 

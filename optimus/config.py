@@ -183,7 +183,7 @@ class TrainingConfig(Record):
     tokenizer: str | None = None       # what load_tokenizer takes; None: the one that fits vocab_size
     max_steps: int | None = None       # optimizer steps; None: num_epochs decides
     warmup: float = 0.05               # fraction of the steps in which the learning rate rises
-    min_learning_rate: float = 1e-4    # where the cosine ends
+    min_learning_rate: float | None = None  # where the cosine ends; None: a tenth of learning_rate
     optimizer: str = "adamw"           # "adamw" or "muon"
     beta1: float = 0.9
     beta2: float = 0.95
@@ -200,6 +200,9 @@ class TrainingConfig(Record):
 
     def __post_init__(self):
         check_fields(self, TRAINING_RANGES)
+        if (self.min_learning_rate or 0) > self.learning_rate:
+            raise ValueError(f"min_learning_rate must be at most learning_rate = {self.learning_rate!r}, "
+                             f"got {self.min_learning_rate!r}")
         if self.run_name in (".", "..") or set(self.run_name or "") & set("/\\"):
             raise ValueError(f"run_name must be a plain folder name, got {self.run_name!r}")
 

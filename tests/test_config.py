@@ -38,7 +38,8 @@ BAD_TRAINING = {
     **dict.fromkeys(("batch_size", "max_length", "num_epochs", "dataset_size", "eval_interval",
                      "save_interval", "keep_last"), NOT_WHOLE),
     **dict.fromkeys(("learning_rate", "gradient_clip_val"), [0, -1.0, math.nan, math.inf, "a", True, None]),
-    **dict.fromkeys(("weight_decay", "min_learning_rate"), [-1e-9, math.nan, math.inf, "a", True, None]),
+    "weight_decay": [-1e-9, math.nan, math.inf, "a", True, None],
+    "min_learning_rate": [-1e-9, math.nan, math.inf, "a", True, 0.9],  # 0.9 is above the peak
     **dict.fromkeys(("warmup", "beta1", "beta2"), [-0.1, 1, math.nan, "a", True, None]),
     **dict.fromkeys(("num_workers", "eval_batches", "sample_interval"), [-1, 1.5, True, "a", None, math.nan]),
     **dict.fromkeys(("max_steps", "micro_batch_size"), [0, -1, 1.5, True, "a", math.nan]),

@@ -381,7 +381,7 @@ def test_whole_characters_only_and_joined_they_are_the_text(tokenizer, text, cut
 @given(ids=st.lists(st.integers(0, 299), max_size=40))
 def test_any_ids_at_all_join_to_their_decoding(tokenizer, ids):
     joined, whole = "".join(text_pieces(tokenizer, ids)), tokenizer.decode(ids)
-    assert joined == whole.removesuffix("\ufffd")
+    assert joined == whole.replace("\ufffd", "")
 
 
 def test_pieces_are_those_of_the_tokenizers_library(tokenizer):
@@ -409,7 +409,7 @@ def test_the_stream_is_the_decoding_of_what_generate_draws(tokenizer):
     ids = generate(model, tokenizer.encode("the"), 60, eos_token_id=tokenizer.eos_token_id,
                    **filters)[len(tokenizer.encode("the")):]
     text = "".join(stream(model, tokenizer, "the", max_new_tokens=60, **filters))
-    assert text == tokenizer.decode(ids).removesuffix("\ufffd") and model.training
+    assert text == tokenizer.decode(ids).replace("\ufffd", "") and model.training
 
 
 @pytest.mark.parametrize("script, shown", [("", ""), ("sea 😀", "sea 😀")])

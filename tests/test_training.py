@@ -495,3 +495,96 @@ def test_batches_of_different_sizes_in_parts_see_the_same_sequences(go, tokenize
     one = torch.cat([x for x, _ in batches(sequences, 8, range(3))])
     four = torch.cat([x for x, _ in batches(sequences, 2, range(12))])
     assert torch.equal(one, four)
+
+
+# What a reviewer broke
+
+def test_a_small_text_file_trains_with_its_own_tokenizer(tmp_path, monkeypatch):
+    from optimus import generate
+
+    monkeypatch.setenv("OPTIMUS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.txt").write_text("the cat sat on the mat. the dog sat on the log.\n" * 40)
+    config = TrainingConfig(dataset_name=tmp_path / "a.txt", batch_size=4, max_length=16, max_steps=5,
+                            num_workers=0, checkpoint_dir=tmp_path / "c", tensorboard_dir=tmp_path / "r")
+    state = torch.get_rng_state()
+    result = train(ModelConfig(**MODEL | dict(vocab_size=512)), config, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(result.tokenizer) == 512 and not result.model.training
+    ids = generate(result.model, result.tokenizer.encode("the cat"), 20, seed=0)
+    assert result.tokenizer.decode(ids).startswith("the cat")
+    again = LanguageModel.from_pretrained(result.checkpoint)
+    tokens = torch.tensor([ids])
+    assert torch.equal(again(tokens), result.model(tokens))
+
+
+def test_a_damaged_newest_checkpoint_does_not_cost_the_new_ones(go):
+    rarely = dict(save_interval=4, eval_interval=100)
+    folder = go("run", stop=8, **rarely).checkpoint.parent
+    (folder / "step-00000008" / "config.json").write_text("damaged")
+    with pytest.warns(UserWarning, match="step-00000008"):
+        result = go("run", resume=True, stop=6, keep_last=1, **rarely)
+    assert result.checkpoint.name == "step-00000006" and result.checkpoint.is_dir()
+    assert [p.name for p in step_folders(folder)] == ["step-00000006"]
+    assert (folder / ".damaged-step-00000008").is_dir()
+    assert losses(go("run", resume=True)) == losses(go("whole"))
+
+
+def test_resuming_a_finished_run_changes_nothing(go):
+    done = go("run")
+    before = (done.checkpoint / "manifest.json").stat().st_mtime_ns
+    again = go("run", resume=True)
+    assert (again.checkpoint / "manifest.json").stat().st_mtime_ns == before
+    assert losses(again) == losses(done) and not again.model.training
+
+
+def test_a_kill_between_the_two_renames_of_a_save_loses_nothing(go):
+    from optimus.checkpoint import remove_leftovers
+
+    path = go("run", stop=3).checkpoint
+    path.rename(path.with_name(f".old-{path.name}"))
+    remove_leftovers(path.parent)
+    assert latest_checkpoint(path.parent) == path
+
+
+def test_resume_without_a_run_is_an_error_and_failed_starts_are_not_runs(go, tmp_path):
+    with pytest.raises(ValueError, match="no run to resume in"): go(None, resume=True)
+    assert go(None, stop=2).checkpoint.parent.name == "run-001"
+    (tmp_path / "checkpoints" / "run-002").mkdir()
+    (tmp_path / "checkpoints" / "run-001-backup").mkdir()
+    assert go(None, resume=True, stop=3).checkpoint.parent.name == "run-001"
+    assert go(None, stop=1).checkpoint.parent.name == "run-003"
+
+
+def test_a_run_may_go_on_longer_with_a_warning(go):
+    go("run", max_steps=5)
+    with pytest.warns(UserWarning, match="max_steps was 5 and is 8 now"):
+        assert len(go("run", resume=True, max_steps=8).history) == 8
+    with pytest.raises(ValueError, match="max_steps was 8 .* is 6 now"): go("run", resume=True, max_steps=6)
+
+
+def test_a_sequence_longer_than_the_context_is_refused_before_anything_is_made(go, tmp_path):
+    with pytest.raises(ValueError, match="max_length is 33; it must be at most model.rope_seq_len = 32"):
+        go(max_length=33)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_micro_batch_given_on_resume_wins(go, monkeypatch):
+    go("run", stop=2)
+    original, seen = LanguageModel.loss, []
+    monkeypatch.setattr(LanguageModel, "loss", lambda self, x, y: seen.append(len(x)) or original(self, x, y))
+    go("run", resume=True, stop=3, micro_batch_size=1)
+    assert seen == [1, 1, 1, 1]
+
+
+def test_two_runs_in_one_tensorboard_folder_show_one_curve(go, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for place in ("x", "y"): go("run", stop=4, checkpoint_dir=str(tmp_path / place))
+    events = EventAccumulator(str(tmp_path / "runs" / "run"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4]
+
+
+def test_the_floor_of_the_rate_defaults_to_a_tenth(go):
+    rates = [row["learning_rate"] for row in go().history]
+    assert rates[0] == 0 and max(rates) == pytest.approx(5e-3) and 5e-4 < rates[-1] < 6e-4
