@@ -24,6 +24,7 @@ import math
 import os
 import re
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -355,9 +356,12 @@ def total_steps(config: TrainingConfig, sequences: Sequences) -> int:
     return config.max_steps or max(1, config.num_epochs * len(sequences) // config.batch_size)
 
 def speed_and_memory(tokens: int, seconds: float, device: torch.device) -> dict[str, float]:
-    """Tokens per second, and on CUDA the peak memory in bytes."""
+    """Tokens per second, and the peak memory in bytes: the GPU's, else this process's (on Linux)."""
     row = {"tokens_per_second": tokens / seconds}
     if device.type == "cuda": row["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+    elif sys.platform == "linux":
+        import resource
+        row["peak_memory_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return row
 
 def sample_text(model: LanguageModel, tokenizer: Tokenizer, corpus: PreparedCorpus,
