@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from optimus import LanguageModel, ModelConfig
+from optimus import LanguageModel, ModelConfig, checkpoint
 from optimus.checkpoint import (CheckpointError, latest_checkpoint, load_checkpoint, problem, prune,
                                 remove_leftovers, save_checkpoint, sha256_of, step_folders)
 from optimus.data import train_tokenizer
@@ -80,7 +80,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(run, name, fa
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"model.safetensors": 1, "config.json": 2}',
                                   "escape", "link"])
-def test_a_bad_manifest_disqualifies(run, text, tmp_path):
+def test_a_bad_manifest_disqualifies(run, text, tmp_path, monkeypatch):
     folder = run / "step-00000003"
     manifest = json.loads((folder / "manifest.json").read_text())
     secret = tmp_path / "secret"
@@ -91,10 +91,12 @@ def test_a_bad_manifest_disqualifies(run, text, tmp_path):
         (folder / "trainer_state.json").symlink_to(secret)
         text = json.dumps(manifest)
     (folder / "manifest.json").unlink() if text is None else (folder / "manifest.json").write_text(text)
-    opened = []
+    read = []
+    monkeypatch.setattr(checkpoint, "sha256_of", lambda path: read.append(path.resolve()) or sha256_of(path))
     with pytest.warns(UserWarning, match="step-00000003"):
         assert latest_checkpoint(run) == run / "step-00000002"
-    assert problem(folder) is not None and opened == []
+    assert problem(folder) is not None
+    assert read and secret not in read, "a file outside the checkpoint was read"
 
 
 def test_when_all_are_damaged_nothing_starts_over(run):
