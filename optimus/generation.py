@@ -15,15 +15,21 @@ tokens for the same seed, with a cache and without."""
 # %% auto #0
 __all__ = ['MAX_NEW_TOKENS', 'apply_temperature', 'keep_top_k', 'keep_top_p', 'keep_min_p', 'is_whole', 'is_number',
            'check_settings', 'next_token_probabilities', 'evaluating', 'Sampler', 'check_prompt', 'check_eos',
-           'generate', 'text_pieces', 'stream', 'drawn_until']
+           'generate', 'text_pieces', 'stream', 'drawn_until', 'FixedView', 'RowLinear', 'WideEmbedding',
+           'inference_copy', 'CompiledDecoder']
 
 # %% ../notebooks/10_sampling.ipynb #4f6cfa2e
+import copy
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .cache import Cache
+from .transformer import LanguageModel, cache_for
 
 # %% ../notebooks/10_sampling.ipynb #30cf21bc
 def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
@@ -237,3 +243,92 @@ def drawn_until(sampler: Sampler, eos_token_id: int | None, most: int) -> Iterat
         i = int(sampler.step())
         if i == eos_token_id: return
         yield i
+
+# %% ../notebooks/10_sampling.ipynb #4ff038ff
+class FixedView:
+    """One layer of a cache for a compiled step: writes at the slots `pos`, a tensor, and shows the first S."""
+    def __init__(self, stores: tuple[Tensor, ...], layer: int, pos: Tensor, S: int):
+        self.stores, self.pos, self.S = [store[layer] for store in stores], pos, S
+
+    def update(self, *new: Tensor) -> tuple[Tensor, ...]:
+        for store, x in zip(self.stores, new): store.index_copy_(1, self.pos, x)
+        return tuple(store[:, :self.S] for store in self.stores)  # what lies behind pos is masked
+
+# %% ../notebooks/10_sampling.ipynb #4ea8b550
+class RowLinear(nn.Module):
+    """x @ weight.T without bias; for a single row on a CPU as a loop for the compiler. (..., C) -> (..., R)."""
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight  # (R, C), perhaps narrower than x
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda or x.numel() > x.shape[-1]: return F.linear(x, self.weight.to(x.dtype))
+        return (self.weight * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
+
+class WideEmbedding(nn.Module):
+    """Rows of `weight` as `dtype`: ids (...) -> (..., C)."""
+    def __init__(self, weight: nn.Parameter, dtype: torch.dtype):
+        super().__init__()
+        self.weight, self.dtype = weight, dtype
+
+    def forward(self, ids: Tensor) -> Tensor: return F.embedding(ids, self.weight).to(self.dtype)
+
+# %% ../notebooks/10_sampling.ipynb #74410d50
+def inference_copy(model: LanguageModel, weights: torch.dtype, dtype: torch.dtype) -> LanguageModel:
+    """`model` in eval mode, its matrices kept in `weights`, everything computed in `dtype`.
+
+    A matrix that has the dtype already is shared, not copied; so is a tied embedding.
+    """
+    changed = {id(p): nn.Parameter(p.detach().to(weights if p.ndim > 1 else dtype), requires_grad=False)
+               for p in model.parameters()}
+    twin = copy.deepcopy(model, changed).eval()  # whoever held p holds changed[id(p)]
+    for module in list(twin.modules()):
+        for name, part in module.named_children():
+            if isinstance(part, nn.Linear): setattr(module, name, RowLinear(part.weight))
+            if isinstance(part, nn.Embedding): setattr(module, name, WideEmbedding(part.weight, dtype))
+    return twin
+
+# %% ../notebooks/10_sampling.ipynb #c08e5d17
+class CompiledDecoder(nn.Module):
+    """A LanguageModel for generation whose one-token step is compiled; takes the model's place in `generate`.
+
+    `weights`: what the matrices are kept in (None: as they are). bfloat16 halves the bytes that a step reads.
+    On a CPU computing stays in float32; on CUDA it is done in `weights`. The first steps are slow: they
+    compile, once for the first 256 positions and once for any number of them. Ids are not checked again.
+    """
+    bucket = 256  # slots; the view of the cache grows by this many
+
+    def __init__(self, model: LanguageModel, weights: torch.dtype | None = None):
+        super().__init__()
+        own, self.config = model.embedding.weight, model.config
+        weights = weights or own.dtype
+        self.dtype = weights if own.is_cuda or weights.itemsize >= 4 else torch.float32
+        self.model = inference_copy(model, weights, self.dtype)
+        self.step = torch.compile(self.one_token, fullgraph=True, mode="reduce-overhead" if own.is_cuda else None)
+
+    def one_token(self, tokens: Tensor, pos: Tensor, S: int, *stores: Tensor) -> Tensor:
+        x = self.model.embedding(tokens)  # (B, 1, C)
+        for i, block in enumerate(self.model.blocks): x = block(x, pos, FixedView(stores, i, pos, S))
+        return self.model.head(self.model.norm(x))  # (B, 1, V)
+
+    @torch.no_grad()
+    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor: return self.model.hidden(tokens, cache)
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """(B, T) -> logits (B, T, V), as LanguageModel's."""
+        if cache is None or tokens.shape[1] > 1: return self.model(tokens, cache)
+        end = cache.end_after(1)
+        if end > self.config.rope_seq_len: return self.model(tokens, cache)  # the model says what is wrong
+        pos = torch.full((1,), cache.length, device=tokens.device)
+        S = min(cache.max_length, -(-end // self.bucket) * self.bucket)
+        logits = self.step(tokens, pos, S, *cache.stores)
+        cache.advance(1)
+        return logits.clone() if logits.is_cuda else logits  # the graph's next run overwrites its output
+
+    def new_cache(self, batch_size: int, max_length: int) -> Cache:
+        """An empty cache for at least `max_length` tokens, in the dtype of the computation."""
+        like = self.model.embedding.weight.new_empty((), dtype=self.dtype)
+        cache = cache_for(self.config, batch_size, -(-max_length // self.bucket) * self.bucket, like)
+        for store in cache.stores: torch._dynamo.mark_static_address(store)  # a graph may write into it
+        return cache

@@ -102,7 +102,7 @@ class MultiHeadLatentAttention(LatentProjections):
 
     def absorbed(self, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, pos: Tensor) -> Tensor:
         """The same function straight on the memory; no key or value is built  ->  (B, T, H, d_v)."""
-        W_UK, W_UV = self.kv_up_proj.weight.unflatten(0, (self.num_heads, -1)).split(
+        W_UK, W_UV = self.kv_up_proj.weight.to(c_kv.dtype).unflatten(0, (self.num_heads, -1)).split(
             [self.qk_nope_head_dim, self.v_head_dim], dim=1)  # (H, d_nope, r), (H, d_v, r)
         return absorbed_attend(q_nope, q_rope, c_kv, k_rope, W_UK, W_UV, pos)
 
