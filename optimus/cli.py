@@ -51,6 +51,21 @@ class Generate:
     top_p: float | None = 0.95
     min_p: float | None = None
     seed: int | None = None
+    compile: Literal["off", "float32", "bfloat16"] = "off"
+    """Compile the one-token step, with weights of this type: some seconds at the start, then faster."""
+
+
+@dataclass
+class Bench:
+    """Measure speed and memory against transformers on the same weights, beside this machine's limits."""
+
+    preset: Literal[tuple(PRESETS)] = "base"
+    """Whose model is measured."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    quick: bool = False
+    """Short contexts and few rounds: about a minute instead of several."""
+    json: Path | None = None
+    """Write the numbers to this file as well."""
 
 
 @dataclass
@@ -65,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         command = parse(argv)
         if isinstance(command, Train): return train(command, argv)
+        if isinstance(command, Bench): return bench(command)
         return generate(command) if isinstance(command, Generate) else info()
     except BrokenPipeError:  # the reader has gone, as in `optimus info | head`
         sys.stdout = None
@@ -77,10 +93,11 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def parse(argv: list[str]) -> Train | Generate | Info:
+def parse(argv: list[str]) -> Train | Generate | Bench | Info:
     """The command that the words ask for; a bad flag or value ends the program with code 2 and a sentence."""
     commands = (Annotated[Train, tyro.conf.subcommand("train", default=train_defaults(argv))]
                 | Annotated[Generate, tyro.conf.subcommand("generate")]
+                | Annotated[Bench, tyro.conf.subcommand("bench")]
                 | Annotated[Info, tyro.conf.subcommand("info")])
     box = io.StringIO()
     try:
@@ -161,6 +178,9 @@ def open_checkpoint(path_or_name: str | None):
 
 def generate(command: Generate) -> int:
     model, tokenizer = open_checkpoint(command.checkpoint)
+    if command.compile != "off":
+        from optimus.generation import CompiledDecoder
+        model = CompiledDecoder(model, getattr(torch, command.compile))
     settings = dict(max_new_tokens=command.max_new_tokens, temperature=command.temperature, seed=command.seed,
                     top_k=command.top_k, top_p=command.top_p, min_p=command.min_p)
     if command.prompt is not None:
@@ -199,6 +219,23 @@ def prompt_loop(model, tokenizer, settings: dict) -> int:
             else: write(model, tokenizer, line, settings)
         except (ValueError, TypeError) as error: print(f"{error}")
         except KeyboardInterrupt: print()
+
+
+def bench(command: Bench) -> int:
+    import json
+
+    from optimus import benchmark
+    device = best_device() if command.device == "auto" else torch.device(command.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no CUDA GPU that torch can use")
+    if command.json and not command.json.absolute().parent.is_dir():
+        raise ValueError(f"--json {command.json}: there is no folder {command.json.parent}")
+    model, _ = PRESETS[command.preset]
+    result = benchmark.bench(model, device=device, quick=command.quick,
+                             say=lambda text: print(f"measuring {text}", file=sys.stderr, flush=True))
+    if command.json: command.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(benchmark.bench_table(result))
+    return 0
 
 
 def info() -> int:

@@ -211,8 +211,14 @@ PRESETS = {
     "tiny": (ModelConfig(vocab_size=4096, embedding_dim=128, num_layers=4, num_attention_heads=4,
                          checkpointing=False, rope_seq_len=256, dropout=0.0),
              TrainingConfig(dataset_name="sotu", batch_size=8, max_length=128, learning_rate=1e-2,
-                            min_learning_rate=0.0, optimizer="muon", max_steps=900, num_workers=0,
-                            eval_interval=300, eval_batches=32, save_interval=300, sample_interval=300)),
+                            min_learning_rate=0.0, optimizer="muon", max_steps=1050, num_workers=0,
+                            eval_interval=350, eval_batches=32, save_interval=350, sample_interval=350)),
+    "presidents": (ModelConfig(vocab_size=4096, embedding_dim=256, num_layers=6, num_attention_heads=4,
+                               checkpointing=False, rope_seq_len=1024, dropout=0.1),
+                   TrainingConfig(dataset_name="sotu", batch_size=8, max_length=512, learning_rate=8e-3,
+                                  min_learning_rate=0.0, weight_decay=0.1, optimizer="muon", max_steps=1500,
+                                  num_workers=0, eval_interval=200, eval_batches=60, save_interval=50,
+                                  sample_interval=200)),
     "base": (ModelConfig(), TrainingConfig()),
 }
 

@@ -246,7 +246,7 @@ def drawn_until(sampler: Sampler, eos_token_id: int | None, most: int) -> Iterat
 
 # %% ../notebooks/10_sampling.ipynb #4ff038ff
 class FixedView:
-    """One layer of a cache for a compiled step: writes at the slots `pos`, a tensor, and shows the first S."""
+    """One layer of a cache for a compiled step: writes at slots `pos`, a tensor, and shows the first S."""
     def __init__(self, stores: tuple[Tensor, ...], layer: int, pos: Tensor, S: int):
         self.stores, self.pos, self.S = [store[layer] for store in stores], pos, S
 
@@ -256,7 +256,7 @@ class FixedView:
 
 # %% ../notebooks/10_sampling.ipynb #4ea8b550
 class RowLinear(nn.Module):
-    """x @ weight.T without bias; for a single row on a CPU as a loop for the compiler. (..., C) -> (..., R)."""
+    """x @ weight.T, no bias; for a single row on a CPU a loop for the compiler. (..., C) -> (..., R)."""
     def __init__(self, weight: nn.Parameter):
         super().__init__()
         self.weight = weight  # (R, C), perhaps narrower than x
@@ -295,6 +295,7 @@ class CompiledDecoder(nn.Module):
     `weights`: what the matrices are kept in (None: as they are). bfloat16 halves the bytes that a step reads.
     On a CPU computing stays in float32; on CUDA it is done in `weights`. The first steps are slow: they
     compile, once for the first 256 positions and once for any number of them. Ids are not checked again.
+    A batch of another size compiles again.
     """
     bucket = 256  # slots; the view of the cache grows by this many
 
@@ -304,7 +305,8 @@ class CompiledDecoder(nn.Module):
         weights = weights or own.dtype
         self.dtype = weights if own.is_cuda or weights.itemsize >= 4 else torch.float32
         self.model = inference_copy(model, weights, self.dtype)
-        self.step = torch.compile(self.one_token, fullgraph=True, mode="reduce-overhead" if own.is_cuda else None)
+        mode = "reduce-overhead" if own.is_cuda else None
+        self.step = torch.compile(self.one_token, fullgraph=True, mode=mode)
 
     def one_token(self, tokens: Tensor, pos: Tensor, S: int, *stores: Tensor) -> Tensor:
         x = self.model.embedding(tokens)  # (B, 1, C)
@@ -312,7 +314,8 @@ class CompiledDecoder(nn.Module):
         return self.model.head(self.model.norm(x))  # (B, 1, V)
 
     @torch.no_grad()
-    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor: return self.model.hidden(tokens, cache)
+    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        return self.model.hidden(tokens, cache)
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
@@ -327,8 +330,11 @@ class CompiledDecoder(nn.Module):
         return logits.clone() if logits.is_cuda else logits  # the graph's next run overwrites its output
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
-        """An empty cache for at least `max_length` tokens, in the dtype of the computation."""
+        """An empty cache in the dtype of the computation, for the whole context: one shape, one program."""
+        if max_length > self.config.rope_seq_len:
+            raise ValueError(f"max_length must be at most rope_seq_len = {self.config.rope_seq_len}, "
+                             f"got {max_length}")
         like = self.model.embedding.weight.new_empty((), dtype=self.dtype)
-        cache = cache_for(self.config, batch_size, -(-max_length // self.bucket) * self.bucket, like)
+        cache = cache_for(self.config, batch_size, self.config.rope_seq_len, like)
         for store in cache.stores: torch._dynamo.mark_static_address(store)  # a graph may write into it
         return cache
