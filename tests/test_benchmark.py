@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from optimus.benchmark import (LiveBytes, create_optimizer_state, measure_gemm_rate, measure_training,
+from optimus.benchmark import (LiveBytes, bench, bench_table, contenders, create_optimizer_state, decoding,
+                               finished, interleaved_seconds, measure_gemm_rate, measure_training,
                                median_seconds, model_flops_utilization, state_bytes, table,
-                               training_flops_per_token)
+                               training_flops_per_token, training_pair)
 from optimus.config import ModelConfig, TrainingConfig, flops_per_token, training_memory
 from optimus.training import start_run
 from optimus.transformer import LanguageModel
@@ -231,3 +232,93 @@ def test_the_table_shows_every_row_and_a_dash_where_nothing_was_timed():
 ], ids=lambda x: x if isinstance(x, str) else "")
 def test_bad_input_says_so(call, message):
     with pytest.raises(ValueError, match=message): call()
+
+
+# --- bench: ours and transformers in one run ---
+
+BENCH = ModelConfig(vocab_size=61, embedding_dim=20, num_layers=2, num_attention_heads=5, num_kv_heads=1,
+                    intermediate_size=31, rope_seq_len=131, dropout=0.3)
+
+
+def test_contenders_take_turns_and_a_slow_minute_hits_all(monkeypatch):
+    now, calls = [0.0], []
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    def work(name, seconds):
+        def run():
+            calls.append(name)
+            now[0] += seconds * (100 if 4 <= len(calls) < 6 else 1)  # the second turn is a slow minute
+        return run
+    times = interleaved_seconds({"a": work("a", 2.0), "b": work("b", 3.0)}, CPU, rounds=5, warmup=1)
+    assert calls == ["a", "b"] * 6
+    assert times == {"a": 2.0, "b": 3.0}
+
+
+def test_ratio_limit_and_share_are_what_they_say():
+    limits = {"bytes": 6e9, "flops": 1e11}
+    row = finished(dict(what="decode", unit="tokens/s", ours=30.0, theirs=20.0, bytes=1e8), limits)
+    assert (row["ratio"], row["limit"], row["reached"]) == (1.5, 60.0, 0.5) and "bytes" not in row
+    row = finished(dict(what="prefill", unit="tokens/s", ours=250.0, theirs=500.0, flops=1e8), limits)
+    assert (row["ratio"], row["limit"], row["reached"]) == (0.5, 1000.0, 0.25)
+    assert finished(dict(what="cache", unit="numbers", ours=416), limits).keys() == {"what", "unit", "ours"}
+
+
+@pytest.fixture(scope="module")
+def result():
+    state = torch.get_rng_state()
+    said = []
+    result = bench(BENCH, device="cpu", quick=True, compile=False, say=said.append)
+    assert torch.equal(torch.get_rng_state(), state) and len(said) == 5
+    return result
+
+
+def test_bench_has_every_row_of_the_comparison(result):
+    rows = {row["what"]: row for row in result["rows"]}
+    for n in (64, 128): assert {"ours", "theirs", "ratio", "limit"} <= rows[f"decode at {n}, eager"].keys()
+    assert {"ours", "theirs", "ratio", "limit"} <= rows["prefill of 128"].keys()
+    for mode in ("on", "off"): assert rows[f"peak memory, 4 x 64, checkpointing {mode}"]["theirs"] > 0
+    numbers = [rows[f"cache of a token and layer, {kind}"]["ours"] for kind in ("MHA", "GQA", "MLA")]
+    assert numbers == [2 * 5 * 4, 2 * 1 * 4, BENCH.kv_lora_rank + BENCH.qk_rope_head_dim]
+    assert rows["loading, no workers"]["ours"] > 0 and rows["tokenizing"]["unit"] == "MB/s"
+    assert all(row["ours"] > 0 for row in result["rows"])
+    assert result["parameters"] == LanguageModel(BENCH).num_parameters()
+
+
+def test_the_table_shows_device_versions_and_every_row(result):
+    text = bench_table(result)
+    lines = text.splitlines()
+    assert len(lines) == 2 + len(result["rows"])
+    for part in ("cpu, ", "float32", result["torch"], result["transformers"], "GB/s", "GFLOP/s"):
+        assert part in lines[0]
+    for row, line in zip(result["rows"], lines[2:]): assert line.startswith(row["what"])
+
+
+def test_both_contenders_compute_the_same_function():
+    nets = contenders(BENCH, CPU, compile=False)
+    (ours, theirs), tokens = nets["trained"], torch.randint(61, (2, 13))
+    with torch.no_grad(): a, b = ours(tokens), theirs(tokens).logits
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    pair = training_pair(ours, theirs, 2, 13, CPU)
+    losses = {name: step()["loss"] for name, (_, step) in pair.items()}
+    assert math.isclose(losses["ours"], losses["theirs"], rel_tol=1e-4)
+
+
+def test_decoding_rows_name_the_bytes_a_step_must_read():
+    nets = contenders(BENCH, CPU, compile=False)
+    [row] = decoding(*nets["writers"], 64, 2, CPU, {})
+    kept = 64 * 2 * (BENCH.kv_lora_rank + BENCH.qk_rope_head_dim)
+    assert row["bytes"] == 4 * (LanguageModel(BENCH).num_parameters() + kept)
+
+
+@pytest.mark.parametrize("changes, words", [(dict(attention="gqa"), "'gqa' and 131"),
+                                            (dict(rope_seq_len=127), "'mla' and 127")])
+def test_bench_refuses_what_it_cannot_compare(changes, words):
+    with pytest.raises(ValueError, match=words): bench(replace(BENCH, **changes), device="cpu")
+
+
+@pytest.mark.slow
+def test_compiled_decoders_join_the_comparison():
+    nets = contenders(BENCH, CPU, compile=True)
+    names = list(nets["decoders"])
+    rows = decoding(*nets["writers"], 64, 2, CPU, nets["decoders"])
+    assert [row["what"] for row in rows] == [f"decode at 64, {name}" for name in ("eager", *names)]
+    assert rows[2]["bytes"] < 0.6 * rows[1]["bytes"] and names[1].endswith("bfloat16 weights")

@@ -146,3 +146,29 @@ def test_main_returns_its_exit_code(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "shipped_models", dict)
     assert cli.main(["generate", "x"]) == 1
     assert "no checkpoint in ./checkpoints; `optimus train` makes one" in capsys.readouterr().err
+
+
+def test_bench_prints_the_table_and_writes_the_numbers(workplace, monkeypatch):
+    import json
+    asked = {}
+    def bench(config, **settings):
+        asked.update(settings, config=config)
+        settings["say"]("decoding")
+        rows = [dict(what="cache", unit="numbers", ours=416)]
+        return {"device": "cpu", "dtype": "float32", "torch": "2", "transformers": "5", "parameters": 7,
+                "limits": {"bytes": 2e10, "flops": 1e11}, "rows": rows}
+    monkeypatch.setattr("optimus.benchmark.bench", bench)
+    result = workplace("bench", "--preset", "tiny", "--quick", "--device", "cpu", "--json", "numbers.json")
+    assert result.returncode == 0 and "416" in result.stdout and "measuring decoding" in result.stderr
+    assert json.loads((workplace.folder / "numbers.json").read_text())["rows"][0]["ours"] == 416
+    assert asked["quick"] is True and asked["config"].embedding_dim == 128 and str(asked["device"]) == "cpu"
+    for flags, words in ((["--device", "cuda"], "no CUDA GPU"),
+                         (["--json", "none/x.json"], "no folder none")):
+        bad = workplace("bench", *flags)
+        assert bad.returncode == 1 and words in bad.stderr and len(bad.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_compiled_step_writes_the_same_text(workplace):
+    words = ["generate", "the of and", "--max-new-tokens", "20", "--seed", "3"]
+    assert workplace(*words, "--compile", "float32").stdout == workplace(*words).stdout
