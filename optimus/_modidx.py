@@ -295,4 +295,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'optimus.transformer.init_weights': ('transformer.html#init_weights', 'optimus/transformer.py'),
                                      'optimus.transformer.lm_loss': ('transformer.html#lm_loss', 'optimus/transformer.py'),
                                      'optimus.transformer.positions': ('transformer.html#positions', 'optimus/transformer.py'),
-                                     'optimus.transformer.save_files': ('transformer.html#save_files', 'optimus/transformer.py')}}}
+                                     'optimus.transformer.save_files': ('transformer.html#save_files', 'optimus/transformer.py'),
+                                     'optimus.transformer.shipped_folder': ('transformer.html#shipped_folder', 'optimus/transformer.py')}}}

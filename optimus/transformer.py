@@ -14,8 +14,8 @@ and moves it on."""
 
 # %% auto #0
 __all__ = ['Block', 'TransformerBlock', 'MLATransformerBlock', 'init_weights', 'chunked_loss', 'lm_loss', 'check_tokens',
-           'check_positions', 'positions', 'save_files', 'find_model', 'Saved', 'LanguageModel', 'check_targets',
-           'cache_for']
+           'check_positions', 'positions', 'save_files', 'shipped_folder', 'find_model', 'Saved', 'LanguageModel',
+           'check_targets', 'cache_for']
 
 # %% ../notebooks/08_transformer.ipynb #4a883933
 import importlib.util
@@ -164,9 +164,13 @@ def save_files(model: nn.Module, folder: Path) -> None:
         finally: half.unlink(missing_ok=True)
 
 # %% ../notebooks/08_transformer.ipynb #eb6d6c88
+def shipped_folder() -> Path:
+    """Where the models lie that come with the package; they are kept in bfloat16."""
+    return Path(importlib.util.find_spec("optimus").origin).parent / "models"
+
 def find_model(path_or_name: str | Path) -> Path:
     """The folder of a saved model, or of a shipped one by name; ValueError says what is missing."""
-    shipped = Path(importlib.util.find_spec("optimus").origin).parent / "models"
+    shipped = shipped_folder()
     names = sorted(path.parent.name for path in shipped.glob("*/config.json"))
     folder = shipped / path_or_name if str(path_or_name) in names else Path(path_or_name)
     if not folder.is_dir():
@@ -189,7 +193,8 @@ class Saved(nn.Module):
     def from_pretrained(cls, path_or_name: str | Path):
         """The model of a folder that `save_pretrained` wrote, or a shipped one by name, in eval mode.
 
-        Opens model.safetensors and config.json, nothing else. ValueError says what is missing or wrong.
+        Opens model.safetensors and config.json, nothing else. Keeps the saved dtype; only a shipped model is
+        widened to float32. ValueError says what is missing or wrong.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -210,7 +215,7 @@ class Saved(nn.Module):
         if config.tie_embeddings: state["head.weight"] = state["embedding.weight"]
         model.load_state_dict(state, assign=True)
         if config.tie_embeddings: model.head.weight = model.embedding.weight  # one parameter again
-        return model.eval()
+        return (model.float() if folder.parent == shipped_folder() else model).eval()
 
 # %% ../notebooks/08_transformer.ipynb #5adfd9eb
 class LanguageModel(Saved):

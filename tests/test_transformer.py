@@ -506,3 +506,19 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"): shake(model).save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_shipped_model_is_bfloat16_on_disk_and_float32_in_use():
+    from safetensors.torch import load_file
+
+    from optimus import load_tokenizer
+    from optimus.transformer import shipped_folder
+    for folder in shipped_folder().glob("*/"):
+        model, tokenizer = LanguageModel.from_pretrained(folder.name), load_tokenizer(folder.name)
+        saved = load_file(folder / "model.safetensors")
+        assert {x.dtype for x in saved.values() if x.ndim > 1} == {torch.bfloat16}
+        assert {x.dtype for x in model.parameters()} == {torch.float32} and not model.training
+        assert model.head.weight is model.embedding.weight or not model.config.tie_embeddings
+        assert len(tokenizer) == model.config.vocab_size and (folder / "README.md").is_file()
+        assert (folder / "model.safetensors").stat().st_size <= 20e6
+    assert (shipped_folder() / "presidents" / "config.json").is_file()
