@@ -22,6 +22,7 @@ from optimus.config import ModelConfig, TrainingConfig
 from optimus.data import load_corpus, load_tokenizer
 from optimus.feedforward import SwiGLU
 from optimus.generation import generate, stream
+from optimus.interop import from_transformers, to_transformers
 from optimus.mla import MultiHeadLatentAttention
 from optimus.norm import RMSNorm
 from optimus.rope import apply_rope
@@ -30,6 +31,7 @@ from optimus.transformer import LanguageModel, MLATransformerBlock, TransformerB
 
 __all__ = [
     "CheckpointError", "GroupedQueryAttention", "KVCache", "LanguageModel", "LatentCache", "MLATransformerBlock", "ModelConfig",
-    "MultiHeadLatentAttention", "RMSNorm", "SwiGLU", "TrainingConfig", "TransformerBlock", "apply_rope", "generate",
-    "latest_checkpoint", "load_checkpoint", "load_corpus", "load_tokenizer", "save_checkpoint", "stream", "train",
+    "MultiHeadLatentAttention", "RMSNorm", "SwiGLU", "TrainingConfig", "TransformerBlock", "apply_rope", "from_transformers",
+    "generate", "latest_checkpoint", "load_checkpoint", "load_corpus", "load_tokenizer", "save_checkpoint", "stream",
+    "to_transformers", "train",
 ]

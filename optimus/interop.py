@@ -15,9 +15,9 @@ has and `ModelConfig` cannot say (experts, biases, stretched RoPE, sliding windo
 
 # %% auto #0
 __all__ = ['WORDS', 'ARCHITECTURES', 'SILENT', 'CARD', 'their_name', 'carry', 'their_config', 'to_transformers', 'obstacle',
-           'wrong_head_size', 'check_tensors', 'our_config', 'from_transformers', 'read_theirs', 'hub_answer',
-           'open_theirs', 'their_tokenizer', 'read_json', 'measured_loss', 'training_facts', 'model_card',
-           'reopened_gap', 'write_export', 'export']
+           'wrong_head_size', 'refuse', 'check_tensors', 'our_config', 'from_transformers', 'read_json', 'read_theirs',
+           'hub_answer', 'open_theirs', 'their_tokenizer', 'measurements', 'measured_loss', 'training_facts',
+           'model_card', 'write_export', 'reopened_gap', 'export_checkpoint']
 
 # %% ../notebooks/13_interop.ipynb #d3e7e10a
 import copy
@@ -85,8 +85,8 @@ def their_config(config: ModelConfig, eos_token_id: int | None = None):
 def to_transformers(model: LanguageModel, eos_token_id: int | None = None):
     """The same function as a `DeepseekV2ForCausalLM` ("mla") or `LlamaForCausalLM` ("gqa"), in eval mode.
 
-    Every tensor is a copy, in the model's dtype and on its device; float32 logits agree to 1e-4. `eos_token_id`
-    ends its `generate`; without one it never stops early. Raises ValueError for what is no LanguageModel.
+    Every tensor is a copy, in the model's dtype and on its device; float32 logits agree to 1e-4.
+    `eos_token_id` ends its `generate`; without one it never stops early. ValueError for no LanguageModel.
     """
     from transformers import DeepseekV2ForCausalLM, LlamaForCausalLM
     if not isinstance(model, LanguageModel):
@@ -94,8 +94,9 @@ def to_transformers(model: LanguageModel, eos_token_id: int | None = None):
     config, weight = model.config, model.embedding.weight
     build = LlamaForCausalLM if config.attention == "gqa" else DeepseekV2ForCausalLM
     with torch.random.fork_rng(devices=[]): theirs = build(their_config(config, eos_token_id))
-    state = {their_name(name): carry(name, x, config, interleaved=False)
-             for name, x in model.state_dict().items() if not (config.tie_embeddings and name == "head.weight")}
+    ours = model.state_dict()
+    if config.tie_embeddings: del ours["head.weight"]
+    state = {their_name(name): carry(name, x, config, interleaved=False) for name, x in ours.items()}
     if config.tie_embeddings: state["lm_head.weight"] = state["model.embed_tokens.weight"]
     theirs.load_state_dict(state, assign=True)
     theirs.tie_weights()  # one parameter again
@@ -121,14 +122,14 @@ def obstacle(config) -> str | None:
     if partial not in (None, 1): return f"RoPE on part of each head (partial_rotary_factor={partial})"
     if get("sliding_window") and get("use_sliding_window", True):
         return f"a sliding window (sliding_window={config.sliding_window})"
-    if get("hidden_act") not in ("silu", "swish", None): return f"the activation hidden_act={config.hidden_act!r}"
+    if get("hidden_act", "silu") not in ("silu", "swish"): return f"the activation {config.hidden_act!r}"
     if get("model_type") not in ARCHITECTURES:
         return f"the architecture {get('model_type')!r} (these can be: {', '.join(ARCHITECTURES)})"
     return wrong_head_size(config)
 
 # %% ../notebooks/13_interop.ipynb #e31e6759
 def wrong_head_size(config) -> str | None:
-    """Which size of the attention does not follow from the width and the number of heads; None when all do."""
+    """Which size of the attention does not follow from width, heads and one rank; None when all do."""
     C, H = config.hidden_size, config.num_attention_heads
     D, fraction = C // H, f"hidden_size / num_attention_heads = {C} / {H}"
     if config.model_type != "deepseek_v2":
@@ -145,28 +146,38 @@ def wrong_head_size(config) -> str | None:
     if r > C or r % 2: return f"a rank that is odd or above hidden_size = {C} (kv_lora_rank={r})"
     return None
 
-# %% ../notebooks/13_interop.ipynb #48538b0f
+# %% ../notebooks/13_interop.ipynb #184e7a51
+def refuse(theirs: Any) -> None:
+    """Raise ValueError, naming what cannot be represented, unless `theirs` is a model that can."""
+    from transformers import PreTrainedModel
+    kind = type(theirs).__name__
+    if not isinstance(theirs, PreTrainedModel):
+        raise ValueError(f"a transformers model, its folder or its name on the hub is needed, got {kind}")
+    why, state = obstacle(theirs.config), theirs.state_dict()
+    bias = next((name for name in state if name.endswith("bias")), None)
+    if bias and "bias" not in (why or ""): why = " and ".join(filter(None, (why, f"biases ({bias})")))
+    if why: raise ValueError(f"{kind} cannot be represented: {why}")
+    if not any(parent.__name__ in ARCHITECTURES.values() for parent in type(theirs).__mro__):
+        raise ValueError(f"{kind} has no language-model head; {', '.join(ARCHITECTURES.values())} have")
+    if any(x.is_meta for x in state.values()): raise ValueError(f"the weights of this {kind} are not in memory")
+
 def check_tensors(theirs: nn.Module, wanted: dict[str, tuple[int, ...]]) -> None:
-    """Raise ValueError, naming the first one, unless the tensors of `theirs` have these names and shapes."""
+    """Raise ValueError, naming the first that differs, unless the tensors have these names and shapes."""
     found = {name: tuple(x.shape) for name, x in theirs.state_dict().items()}
-    for name in sorted(found.keys() - wanted.keys()):
-        kind = next((k for k in ("bias", "expert") if k in name), "weight")
-        known = {"bias": "biases", "expert": "mixture-of-experts layers", "weight": "a weight without a place here"}
-        raise ValueError(f"{type(theirs).__name__} cannot be represented: {known[kind]} ({name})")
-    for name in sorted(wanted):
-        if found.get(name) != wanted[name]:
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
             raise ValueError(f"{type(theirs).__name__} cannot be represented: {name} has shape "
-                             f"{found.get(name, 'none')}, not {wanted[name]}")
+                             f"{found.get(name, 'none')}, here {wanted.get(name, 'none')}")
 
 # %% ../notebooks/13_interop.ipynb #de0a8e61
 def our_config(theirs: nn.Module) -> ModelConfig:
-    """The ModelConfig of a transformers model that has no `obstacle`: its sizes, and dropout 0, as it has none."""
+    """The sizes of a transformers model that has no `obstacle`; dropout is 0, for it has none."""
     config, embedding = theirs.config, theirs.get_input_embeddings().weight
     rope = getattr(config, "rope_parameters", None) or {}
     sizes = dict(
         vocab_size=embedding.shape[0], embedding_dim=config.hidden_size, num_layers=config.num_hidden_layers,
         num_attention_heads=config.num_attention_heads, rope_seq_len=config.max_position_embeddings,
-        rope_theta=rope.get("rope_theta") or getattr(config, "rope_theta", 10000.0),
+        rope_theta=float(rope.get("rope_theta") or getattr(config, "rope_theta", 10000.0)),
         norm_eps=config.rms_norm_eps, tie_embeddings=theirs.get_output_embeddings().weight is embedding,
         dropout=0.0)
     if config.model_type == "deepseek_v2":
@@ -186,10 +197,7 @@ def from_transformers(path_or_model: Any) -> LanguageModel:
     """
     theirs = path_or_model
     if isinstance(theirs, (str, os.PathLike)): theirs = open_theirs(theirs)
-    kind = type(theirs).__name__
-    if why := obstacle(getattr(theirs, "config", None)): raise ValueError(f"{kind} cannot be represented: {why}")
-    if not any(parent.__name__ in ARCHITECTURES.values() for parent in type(theirs).__mro__):
-        raise ValueError(f"{kind} is no language model with a head; {', '.join(ARCHITECTURES.values())} are")
+    refuse(theirs)
     config = our_config(theirs)
     with torch.device("meta"): model = LanguageModel(config)
     wanted = {their_name(name): tuple(x.shape) for name, x in model.state_dict().items()}
@@ -202,27 +210,34 @@ def from_transformers(path_or_model: Any) -> LanguageModel:
     if config.tie_embeddings: model.head.weight = model.embedding.weight  # one parameter again
     return model.eval()
 
-# %% ../notebooks/13_interop.ipynb #3fdf6391
+# %% ../notebooks/13_interop.ipynb #e6b9653d
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty when there is none, or none that can be read."""
+    try: found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError): return {}
+    return found if isinstance(found, dict) else {}
+
 def read_theirs(source: str, **where):
     """The transformers model at `source`, refused before its weights are read if it has an obstacle."""
     from transformers import AutoConfig, AutoModelForCausalLM
-    config = AutoConfig.from_pretrained(source, **where)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
     if why := obstacle(config): raise ValueError(f"{source} cannot be represented: {why}")
     theirs, facts = AutoModelForCausalLM.from_pretrained(
-        source, use_safetensors=True, dtype="auto", output_loading_info=True, **where)
+        source, use_safetensors=True, trust_remote_code=False, dtype="auto", output_loading_info=True, **where)
     for kind in ("missing", "unexpected", "mismatched"):  # each would go unnoticed, but for a warning
-        names = sorted(str(name) for name in facts[f"{kind}_keys"] if not str(name).endswith("inv_freq"))
-        if names: raise ValueError(f"{source} does not fit its config.json: {kind} tensor {names[0]}"
-                                   + " (biases cannot be represented)" * names[0].endswith("bias"))
+        for name in sorted(str(name) for name in facts[f"{kind}_keys"]):
+            why = " (biases cannot be represented)" if name.endswith("bias") else ""
+            raise ValueError(f"{source} does not fit its config.json: {kind} tensor {name}{why}")
     return theirs
 
+# %% ../notebooks/13_interop.ipynb #960de83d
 def hub_answer(name: str, seconds: float = 3.0) -> int | None:
     """The hub's status code for a model's page, None when there is no answer in `seconds`."""
     import huggingface_hub as hub
     status = []
     def knock():
-        try: status.append(hub.get_session().head(f"{hub.constants.ENDPOINT}/api/models/{name}",
-                                                  timeout=seconds).status_code)
+        url = f"{hub.constants.ENDPOINT}/api/models/{name}"
+        try: status.append(hub.get_session().head(url, timeout=seconds).status_code)
         except Exception: status.append(None)
     if hub.constants.HF_HUB_OFFLINE: return None
     thread = threading.Thread(target=knock, daemon=True)  # a silent name server knows no time limit
@@ -230,32 +245,33 @@ def hub_answer(name: str, seconds: float = 3.0) -> int | None:
     thread.join(seconds)
     return status[0] if status else None
 
-# %% ../notebooks/13_interop.ipynb #0a3a0a1f
 def open_theirs(path_or_name: str | Path):
     """The transformers model of a folder, of the local hub cache, or of the hub, in this order."""
     name, folder = os.fspath(path_or_name), Path(path_or_name)
     try:
         if folder.is_dir():
-            if not (folder / "config.json").is_file(): raise ValueError(f"{folder} has no config.json")
+            if "model_type" not in read_json(folder / "config.json"):
+                raise ValueError(f"{folder} is no transformers model: no config.json with a model_type in it")
             return read_theirs(name, local_files_only=True)
         if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-            raise ValueError(f"no model {name!r}: it is neither a folder nor a name like owner/model on the hub")
+            raise ValueError(f"no model {name!r}: neither a folder nor a name like owner/model on the hub")
         try: return read_theirs(name, local_files_only=True)
         except OSError: status = hub_answer(name)
         if status in (401, 403, 404): raise ValueError(f"the Hugging Face hub has no open model {name!r}")
         if status is None or status >= 400:
             raise ConnectionError(f"{name} is no folder here, and the Hugging Face hub does not answer")
         return read_theirs(name)
-    except (ValueError, ConnectionError): raise
-    except Exception as error:
-        raise ValueError(f"{name} cannot be opened: {str(error).strip().splitlines()[0]}") from error
+    except ConnectionError: raise
+    except Exception as error:  # transformers' messages have many lines
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(text if name in text else f"{name} cannot be opened: {text}") from error
 
 # %% ../notebooks/13_interop.ipynb #4a4f31e3
 def their_tokenizer(tokenizer: Tokenizer, max_length: int):
     """The same tokenizer as a `PreTrainedTokenizerFast`: equal ids, and none added.
 
     End-of-text is also where a text begins and what pads. One difference: in transformers the characters
-    "<|endoftext|>" inside a text become that token, unless `split_special_tokens=True` is given; ours never do.
+    "<|endoftext|>" in a text become that token, unless `split_special_tokens=True` is given; ours never do.
     """
     from transformers import PreTrainedTokenizerFast
     end = tokenizer.backend.id_to_token(tokenizer.eos_token_id)
@@ -263,28 +279,27 @@ def their_tokenizer(tokenizer: Tokenizer, max_length: int):
         tokenizer_object=copy.deepcopy(tokenizer.backend), eos_token=end, bos_token=end, pad_token=end,
         model_max_length=max_length, clean_up_tokenization_spaces=False, padding_side="left")
 
-# %% ../notebooks/13_interop.ipynb #0beafce6
+# %% ../notebooks/13_interop.ipynb #b79ab290
 SILENT = "not recorded"
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty when there is none, or none that can be read."""
-    try: found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError): return {}
-    return found if isinstance(found, dict) else {}
-
-def measured_loss(folder: Path, state: dict[str, Any]) -> str:
-    """The last held-out measurement up to this checkpoint's step, from its run's log or its own state."""
-    rows, step = [], state.get("step", 0)
-    history = folder.resolve().parent / "history.jsonl"
+def measurements(folder: Path, step: int) -> list[dict[str, Any]]:
+    """The held-out measurements in the run's log, up to this checkpoint's step."""
+    history, rows = folder.resolve().parent / "history.jsonl", []
     for line in history.read_text(encoding="utf-8").splitlines() if history.is_file() else []:
         try: row = json.loads(line)
         except ValueError: continue  # a line cut off by a power cut
-        if isinstance(row, dict) and "validation_loss" in row and row.get("step", step + 1) <= step: rows.append(row)
+        if isinstance(row, dict) and isinstance(row.get("validation_loss"), float) and row["step"] <= step:
+            rows.append(row)
+    return rows
+
+def measured_loss(folder: Path, state: dict[str, Any]) -> str:
+    """The last measurement up to this checkpoint's step in the run's log, else the best one in its state."""
+    run, rows = state.get("run") or {}, measurements(folder, state["step"]) if "step" in state else []
     if rows:
-        bits = f", {rows[-1]['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in rows[-1] else ""
-        return f"{rows[-1]['validation_loss']:.3f} nats per token{bits} (measured at step {rows[-1]['step']:,})"
-    run = state.get("run") or {}
-    if run.get("best_loss") is None: return SILENT
+        loss, bits, step = (rows[-1].get(key) for key in ("validation_loss", "bits_per_byte", "step"))
+        bits = f", {bits:.3f} bits per byte" if isinstance(bits, float) else ""
+        return f"{loss:.3f} nats per token{bits} (measured at step {step:,})"
+    if not isinstance(run.get("best_loss"), float): return SILENT
     return f"{run['best_loss']:.3f} nats per token (the best of the run, at step {run.get('best_step')})"
 
 # %% ../notebooks/13_interop.ipynb #040aee62
@@ -293,7 +308,7 @@ def training_facts(folder: Path) -> dict[str, str]:
     state = read_json(folder / "trainer_state.json")
     training, corpus = state.get("training_config") or {}, state.get("corpus") or {}
     name = str(corpus.get("name") or training.get("dataset_name") or "")
-    if Path(name).is_absolute() or name[:1] in ("~", "."): name = Path(name).name  # a private path stays private
+    if Path(name).is_absolute() or name[:1] in ("~", "."): name = Path(name).name
     data = f"`{name}`" if name else SILENT
     if training.get("dataset_config"): data += f", edition `{training['dataset_config']}`"
     if corpus.get("fingerprint"): data += f", fingerprint `{corpus['fingerprint']}`"
@@ -326,46 +341,59 @@ tokens = tokenizer("The public debt", return_tensors="pt")
 print(tokenizer.decode(model.generate(**tokens, max_new_tokens=50)[0]))
 ```
 
-Greedy text is that of `optimus generate --temperature 0`, token for token; add `do_sample=True, temperature=0.8,
-top_p=0.95` for livelier text. `transformers` version 5.17 or newer was used to write this folder.
+Greedy text is that of `optimus generate --temperature 0`, token for token; add
+`do_sample=True, temperature=0.8, top_p=0.95` for livelier text. Written and reopened with transformers {version}.
 
 ## Good to know
 
 * It continues text. It was not taught to follow instructions, and what it states may be wrong or offensive.
 * Positions beyond {context:,} tokens were never trained; transformers does not stop there.
-* End-of-text is `{end}` (id {eos}). It separates documents, starts a text and pads. A data collator that ignores padding in the
-  loss will ignore it too.
-* In a prompt, transformers reads the characters `{end}` as that token; `split_special_tokens=True` keeps them text.
+* End-of-text is `{end}` (id {eos}). It separates documents, starts a text and pads. A data collator that
+  ignores padding in the loss will ignore it too.
+* In a prompt, transformers reads the characters `{end}` as that token;
+  `split_special_tokens=True` keeps them text.
 
 ## Next steps, not tried
 
-`hf upload OWNER/{name} {name}` puts the folder on the Hugging Face hub; `vllm serve {name}` serves it; llama.cpp's
-`convert_hf_to_gguf.py {name}` makes a GGUF file (it knows tokenizers by name and may not know this one). None of the three
-was tried with this folder. What was tried: it was opened again with transformers, and its logits were compared.
+`hf upload OWNER/{name} {name}` puts the folder on the Hugging Face hub; `vllm serve {name}` serves it;
+llama.cpp's `convert_hf_to_gguf.py {name}` makes a GGUF file (it must know the tokenizer, and may not know
+this one). None of the three was tried with this folder. What was tried: it was opened again with
+transformers, and the logits were compared with those of the model that was exported.
 """
 
 # %% ../notebooks/13_interop.ipynb #52ce5ce2
 def model_card(name: str, theirs: nn.Module, tokenizer: Tokenizer, facts: dict[str, str]) -> str:
     """The text of README.md: sizes from the configuration, training from `facts`, nothing else."""
-    config = theirs.config
-    heads = (f"latent attention (MLA), {config.num_attention_heads} heads, latents of {config.kv_lora_rank}"
-             if config.model_type == "deepseek_v2" else f"grouped-query attention, {config.num_attention_heads} "
-             f"heads sharing {config.num_key_value_heads} key/value heads")
-    sizes = {"layers": str(config.num_hidden_layers), "width": str(config.hidden_size), "attention": heads,
+    from transformers import __version__
+    config, H = theirs.config, theirs.config.num_attention_heads
+    heads = f"grouped-query, {H} heads share {config.num_key_value_heads} key/value heads"
+    if config.model_type == "deepseek_v2": heads = f"latent (MLA), {H} heads, rank {config.kv_lora_rank}"
+    sizes = {"layers": config.num_hidden_layers, "width": config.hidden_size, "attention": heads,
              "vocabulary": f"{config.vocab_size:,} (byte-level BPE)",
              "context": f"{config.max_position_embeddings:,} tokens",
              "number format": str(config.dtype).removeprefix("torch.")}
     return CARD.format(
-        name=name, kind=type(theirs).__name__, model_type=config.model_type, context=config.max_position_embeddings,
-        parameters=sum(p.numel() for p in theirs.parameters()), eos=tokenizer.eos_token_id,
-        end=tokenizer.backend.id_to_token(tokenizer.eos_token_id),
+        name=name, kind=type(theirs).__name__, model_type=config.model_type, version=__version__,
+        context=config.max_position_embeddings, parameters=sum(p.numel() for p in theirs.parameters()),
+        eos=tokenizer.eos_token_id, end=tokenizer.backend.id_to_token(tokenizer.eos_token_id),
         table="\n".join(f"| {key} | {value} |" for key, value in (sizes | facts).items()))
 
-# %% ../notebooks/13_interop.ipynb #8413ce36
+# %% ../notebooks/13_interop.ipynb #df362f8f
+def write_export(folder: Path, name: str, model: LanguageModel, tokenizer: Tokenizer,
+                 facts: dict[str, str]) -> None:
+    """Write weights, configuration, generation settings, tokenizer and card into `folder`."""
+    theirs = to_transformers(model, tokenizer.eos_token_id)
+    theirs.save_pretrained(folder)
+    their_tokenizer(tokenizer, model.config.rope_seq_len).save_pretrained(folder)
+    settings = folder / "tokenizer_config.json"
+    known = read_json(settings) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(model_card(name, theirs, tokenizer, facts), encoding="utf-8")
+
 def reopened_gap(model: LanguageModel, folder: Path) -> float:
     """Largest difference of float32 logits between `model` and the folder opened by transformers' Auto class.
 
-    In units of the largest logit where that is above 1. Random tokens, at most 64; the random state is not moved.
+    In units of the largest logit where that is above 1. At most 64 random tokens.
     """
     from transformers import AutoModelForCausalLM
     V, T = model.config.vocab_size, min(64, model.config.rope_seq_len)
@@ -374,45 +402,37 @@ def reopened_gap(model: LanguageModel, folder: Path) -> float:
     with torch.no_grad(): ours, logits = copy.deepcopy(model).float()(tokens), theirs(tokens).logits
     return ((ours - logits).abs().max() / ours.abs().max().clamp(min=1)).item()
 
-def write_export(folder: Path, name: str, model: LanguageModel, tokenizer: Tokenizer, facts: dict[str, str]) -> None:
-    """Write weights, configuration, generation settings, tokenizer and card into `folder`."""
-    theirs, fast = to_transformers(model, tokenizer.eos_token_id), their_tokenizer(tokenizer, model.config.rope_seq_len)
-    theirs.save_pretrained(folder)
-    fast.save_pretrained(folder)
-    settings = folder / "tokenizer_config.json"
-    known = read_json(settings) | {"tokenizer_class": "PreTrainedTokenizerFast"}  # the name that every version knows
-    settings.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(model_card(name, theirs, tokenizer, facts), encoding="utf-8")
+# %% ../notebooks/13_interop.ipynb #9bd265ac
+def export_checkpoint(checkpoint: str | Path, out: str | Path) -> float:
+    """Write the checkpoint as a folder that transformers opens without optimus; return `reopened_gap`.
 
-# %% ../notebooks/13_interop.ipynb #d019a403
-def export(checkpoint: str | Path, out: str | Path) -> float:
-    """Write the checkpoint folder as one that transformers opens without optimus; return `reopened_gap`.
-
-    `checkpoint` needs model.safetensors, config.json and tokenizer.json; a manifest.json beside them is checked.
-    ValueError when a file is missing or `out` is not new or empty, CheckpointError when the checkpoint is damaged,
-    the disk refuses, or the result does not compute the same logits. Then nothing is left behind.
+    `checkpoint` needs model.safetensors, config.json and tokenizer.json; a manifest.json beside them is
+    checked. ValueError when a file is missing or `out` is not new or empty, CheckpointError when the
+    checkpoint is damaged, the disk refuses, or the result has other logits. Then nothing is left behind.
     """
     folder, out = Path(checkpoint), Path(out).resolve()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out} is not empty; give the name of a new or empty folder")
+        raise ValueError(f"{out} is there and not an empty folder; give the name of a new or empty one")
     if (folder / "manifest.json").is_file() and (trouble := problem(folder)):
         raise CheckpointError(f"the checkpoint {folder} cannot be trusted: {trouble}")
     model, tokenizer = LanguageModel.from_pretrained(folder), load_tokenizer(folder)
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} entries, the model only {model.config.vocab_size}")
-    half = out.with_name(f".half-{out.name}")
+    size, half = model.config.vocab_size, out.with_name(f".half-{out.name}")
+    if len(tokenizer) > size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} entries, the model only {size}")
     try:
         shutil.rmtree(half, ignore_errors=True)
         half.mkdir(parents=True)
         write_export(half, out.name, model, tokenizer, training_facts(folder))
         worst = reopened_gap(model, half)
-        if not worst <= 1e-4: raise CheckpointError(f"refusing to export {folder}: opened by transformers, "
-                                                    f"its logits differ by {worst:.3g} (allowed: 1e-4)")
+        if not worst <= 1e-4:
+            raise CheckpointError(f"refusing to export {folder}: opened by transformers, its logits differ "
+                                  f"by {worst:.3g}; at most 1e-4 is allowed")
         for path in (*half.iterdir(), half): sync(path)
         if out.exists(): out.rmdir()  # only an empty folder lets itself be removed
         os.replace(half, out)
         sync(out.parent)
     except CheckpointError: raise
-    except OSError as error: raise CheckpointError(f"could not write {out}: {explain(error, out)}") from error
+    except Exception as error:  # safetensors writes outside Python: not always an OSError
+        raise CheckpointError(f"could not write {out}: {explain(error, out)}") from error
     finally: shutil.rmtree(half, ignore_errors=True)
     return worst
