@@ -160,6 +160,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'optimus.interop.model_card': ('interop.html#model_card', 'optimus/interop.py'),
                                  'optimus.interop.obstacle': ('interop.html#obstacle', 'optimus/interop.py'),
                                  'optimus.interop.open_theirs': ('interop.html#open_theirs', 'optimus/interop.py'),
+                                 'optimus.interop.opened': ('interop.html#opened', 'optimus/interop.py'),
                                  'optimus.interop.our_config': ('interop.html#our_config', 'optimus/interop.py'),
                                  'optimus.interop.read_json': ('interop.html#read_json', 'optimus/interop.py'),
                                  'optimus.interop.read_theirs': ('interop.html#read_theirs', 'optimus/interop.py'),

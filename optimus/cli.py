@@ -57,9 +57,9 @@ class Generate:
 class Export:
     """Write a folder that transformers opens without optimus: weights, settings, tokenizer, model card."""
 
-    checkpoint: tyro.conf.Positional[str]
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A checkpoint, run, saved folder, or shipped model."""
-    out: tyro.conf.Positional[str]
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """The new folder; its last part names the model. One that holds anything is refused."""
 
 

@@ -15,11 +15,12 @@ has and `ModelConfig` cannot say (experts, biases, stretched RoPE, sliding windo
 
 # %% auto #0
 __all__ = ['WORDS', 'ARCHITECTURES', 'SILENT', 'CARD', 'their_name', 'carry', 'their_config', 'to_transformers', 'obstacle',
-           'wrong_head_size', 'refuse', 'check_tensors', 'our_config', 'from_transformers', 'read_json', 'read_theirs',
-           'hub_answer', 'open_theirs', 'their_tokenizer', 'measurements', 'measured_loss', 'training_facts',
-           'model_card', 'write_export', 'reopened_gap', 'export_checkpoint']
+           'wrong_head_size', 'refuse', 'check_tensors', 'our_config', 'from_transformers', 'read_json', 'opened',
+           'read_theirs', 'hub_answer', 'open_theirs', 'their_tokenizer', 'measurements', 'measured_loss',
+           'training_facts', 'model_card', 'write_export', 'reopened_gap', 'export_checkpoint']
 
-# %% ../notebooks/13_interop.ipynb #d3e7e10a
+# %% ../notebooks/13_interop.ipynb #84b1133d
+import contextlib
 import copy
 import json
 import os
@@ -159,7 +160,8 @@ def refuse(theirs: Any) -> None:
     if why: raise ValueError(f"{kind} cannot be represented: {why}")
     if not any(parent.__name__ in ARCHITECTURES.values() for parent in type(theirs).__mro__):
         raise ValueError(f"{kind} has no language-model head; {', '.join(ARCHITECTURES.values())} have")
-    if any(x.is_meta for x in state.values()): raise ValueError(f"the weights of this {kind} are not in memory")
+    if any(x.is_meta for x in state.values()):
+        raise ValueError(f"the weights of this {kind} are not in memory (on the meta device)")
 
 def check_tensors(theirs: nn.Module, wanted: dict[str, tuple[int, ...]]) -> None:
     """Raise ValueError, naming the first that differs, unless the tensors have these names and shapes."""
@@ -217,15 +219,23 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError): return {}
     return found if isinstance(found, dict) else {}
 
-def read_theirs(source: str, **where):
+def opened(auto, source: str, **options):
+    """`auto.from_pretrained(source)`; its errors, which have many lines, become one sentence."""
+    try: return auto.from_pretrained(source, trust_remote_code=False, **options)
+    except Exception as error:
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{source} cannot be opened: {text}") from error
+
+def read_theirs(source: str):
     """The transformers model at `source`, refused before its weights are read if it has an obstacle."""
     from transformers import AutoConfig, AutoModelForCausalLM
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
-    if why := obstacle(config): raise ValueError(f"{source} cannot be represented: {why}")
-    theirs, facts = AutoModelForCausalLM.from_pretrained(
-        source, use_safetensors=True, trust_remote_code=False, dtype="auto", output_loading_info=True, **where)
+    if why := obstacle(opened(AutoConfig, source)): raise ValueError(f"{source} cannot be represented: {why}")
+    theirs, facts = opened(AutoModelForCausalLM, source, use_safetensors=True, dtype="auto",
+                           output_loading_info=True)
     for kind in ("missing", "unexpected", "mismatched"):  # each would go unnoticed, but for a warning
         for name in sorted(str(name) for name in facts[f"{kind}_keys"]):
+            if name.endswith("rotary_emb.inv_freq"): continue  # old files hold RoPE's frequencies
             why = " (biases cannot be represented)" if name.endswith("bias") else ""
             raise ValueError(f"{source} does not fit its config.json: {kind} tensor {name}{why}")
     return theirs
@@ -247,24 +257,23 @@ def hub_answer(name: str, seconds: float = 3.0) -> int | None:
 
 def open_theirs(path_or_name: str | Path):
     """The transformers model of a folder, of the local hub cache, or of the hub, in this order."""
+    from huggingface_hub import try_to_load_from_cache
     name, folder = os.fspath(path_or_name), Path(path_or_name)
-    try:
-        if folder.is_dir():
-            if "model_type" not in read_json(folder / "config.json"):
-                raise ValueError(f"{folder} is no transformers model: no config.json with a model_type in it")
-            return read_theirs(name, local_files_only=True)
-        if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-            raise ValueError(f"no model {name!r}: neither a folder nor a name like owner/model on the hub")
-        try: return read_theirs(name, local_files_only=True)
-        except OSError: status = hub_answer(name)
-        if status in (401, 403, 404): raise ValueError(f"the Hugging Face hub has no open model {name!r}")
-        if status is None or status >= 400:
-            raise ConnectionError(f"{name} is no folder here, and the Hugging Face hub does not answer")
-        return read_theirs(name)
-    except ConnectionError: raise
-    except Exception as error:  # transformers' messages have many lines
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(text if name in text else f"{name} cannot be opened: {text}") from error
+    if folder.is_dir():
+        if "model_type" not in read_json(folder / "config.json"):
+            raise ValueError(f"{folder} is no transformers model: no config.json with a model_type in it")
+        try: return read_theirs(name)
+        except OSError as error: raise ValueError(str(error)) from error
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise ValueError(f"no model {name!r}: neither a folder nor a name like owner/model on the hub")
+    with contextlib.suppress(OSError):  # a copy that lacks its weights
+        cached = try_to_load_from_cache(name, "config.json")
+        if isinstance(cached, str): return read_theirs(str(Path(cached).parent))
+    status = hub_answer(name)
+    if status in (401, 403, 404): raise ValueError(f"the Hugging Face hub has no open model {name!r}")
+    if status is None or status >= 400:
+        raise ConnectionError(f"{name} is no folder here, and the Hugging Face hub does not answer")
+    return read_theirs(name)
 
 # %% ../notebooks/13_interop.ipynb #4a4f31e3
 def their_tokenizer(tokenizer: Tokenizer, max_length: int):
@@ -341,13 +350,14 @@ tokens = tokenizer("The public debt", return_tensors="pt")
 print(tokenizer.decode(model.generate(**tokens, max_new_tokens=50)[0]))
 ```
 
-Greedy text is that of `optimus generate --temperature 0`, token for token; add
-`do_sample=True, temperature=0.8, top_p=0.95` for livelier text. Written and reopened with transformers {version}.
+Greedy text is that of `optimus generate --temperature 0`, token for token, within the context; add
+`do_sample=True, temperature=0.8, top_p=0.95` for livelier text. Written by transformers {version}.
 
 ## Good to know
 
 * It continues text. It was not taught to follow instructions, and what it states may be wrong or offensive.
-* Positions beyond {context:,} tokens were never trained; transformers does not stop there.
+* Positions beyond the context of {context:,} tokens were never trained. transformers goes on there, with text
+  that gets worse; optimus forgets the oldest tokens instead.
 * End-of-text is `{end}` (id {eos}). It separates documents, starts a text and pads. A data collator that
   ignores padding in the loss will ignore it too.
 * In a prompt, transformers reads the characters `{end}` as that token;
