@@ -5,7 +5,7 @@ them, once three things are translated:
 
     names       blocks.0.attention.q_down_proj  ->  model.layers.0.self_attn.q_a_proj
     sizes       embedding_dim, rope_theta, ...  ->  hidden_size, rope_parameters, ...
-    row order   interleaved RoPE                ->  half-split RoPE, rows of W_q and W_k ("gqa" only)
+    row order   interleaved RoPE                ->  half-split RoPE ("gqa": W_q and W_k)
 
 "mla" becomes `DeepseekV2ForCausalLM` with every layer dense, "gqa" becomes `LlamaForCausalLM`; both come back. The first
 two mistakes raise an error. The third raises nothing: the shapes are right, and the model is ruined. What another model
@@ -79,7 +79,7 @@ def their_config(config: ModelConfig, eos_token_id: int | None = None):
         sizes = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
         theirs = DeepseekV2Config(num_key_value_heads=H, first_k_dense_replace=config.num_layers,
                                   **{name: getattr(config, name) for name in sizes}, **shared)
-    theirs.rope_theta = theta  # for readers older than `rope_parameters`
+    theirs.rope_theta = theta  # where transformers 4 looks for it
     return theirs
 
 # %% ../notebooks/13_interop.ipynb #e2f50b99
@@ -273,7 +273,8 @@ def open_theirs(path_or_name: str | Path):
     if status in (401, 403, 404): raise ValueError(f"the Hugging Face hub has no open model {name!r}")
     if status is None or status >= 400:
         raise ConnectionError(f"{name} is no folder here, and the Hugging Face hub does not answer")
-    return read_theirs(name)
+    try: return read_theirs(name)
+    except OSError as error: raise ConnectionError(str(error)) from error
 
 # %% ../notebooks/13_interop.ipynb #4a4f31e3
 def their_tokenizer(tokenizer: Tokenizer, max_length: int):
