@@ -75,7 +75,7 @@ def test_there_and_back_with_equal_logits_and_the_same_weights(sizes):
     model = random_model(*sizes).train()  # dropout on: what goes out must be in eval mode
     theirs = to_transformers(model)
     assert type(theirs) is (LlamaForCausalLM if model.config.attention == "gqa" else DeepseekV2ForCausalLM)
-    assert gap(model.eval(), theirs) < 1e-4
+    assert not theirs.training and gap(model.eval(), theirs) < 1e-4
     back = from_transformers(theirs)
     assert gap(back, theirs) < 1e-4
     state, again = model.state_dict(), back.state_dict()
