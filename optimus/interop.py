@@ -321,7 +321,7 @@ def training_facts(folder: Path) -> dict[str, str]:
     if Path(name).is_absolute() or name[:1] in ("~", "."): name = Path(name).name
     data = f"`{name}`" if name else SILENT
     if training.get("dataset_config"): data += f", edition `{training['dataset_config']}`"
-    if corpus.get("fingerprint"): data += f", fingerprint `{corpus['fingerprint']}`"
+    if corpus.get("fingerprint"): data += f", fingerprint `{corpus['fingerprint']:.12}`"
     split, number = training.get("train_val_split"), lambda n: f"{n:,}" if isinstance(n, int) else SILENT
     if split: data += f"; {split:.0%} of the documents train, the others are held out whole"
     return {"training data": data, "steps": number(state.get("step")),
@@ -336,7 +336,7 @@ tags: [optimus, {model_type}]
 
 # {name}
 
-A language model of {parameters:,} parameters, trained with optimus and exported for transformers as `{kind}`.
+A language model of {parameters:,} parameters, exported by optimus for transformers as `{kind}`.
 
 | | |
 |---|---|
