@@ -9,6 +9,7 @@ Modules:
 - `optimus.config`: Write every size down once, refuse what cannot work, and predict cost before anything is built.
 - `optimus.data`: Turn documents into one long row of token ids on disk, and make the batch at a step a pure function of (seed, step).
 - `optimus.generation`: Turn a row of logits into one next token, again and again, and show the text as it grows.
+- `optimus.interop`: Rename every weight, reorder the rows that RoPE turns, and the same numbers run in another program.
 - `optimus.mla`: Cache one small vector per token instead of every head's key and value.
 - `optimus.rope`: Turn each query and key by an angle proportional to its position: their dot product then sees only the distance.
 - `optimus.training`: Take one step well, then arrange everything so that the ten-thousandth is as safe as the first.
@@ -21,6 +22,7 @@ from optimus.config import ModelConfig, TrainingConfig
 from optimus.data import load_corpus, load_tokenizer
 from optimus.feedforward import SwiGLU
 from optimus.generation import generate, stream
+from optimus.interop import from_transformers, to_transformers
 from optimus.mla import MultiHeadLatentAttention
 from optimus.norm import RMSNorm
 from optimus.rope import apply_rope
@@ -29,6 +31,7 @@ from optimus.transformer import LanguageModel, MLATransformerBlock, TransformerB
 
 __all__ = [
     "CheckpointError", "GroupedQueryAttention", "KVCache", "LanguageModel", "LatentCache", "MLATransformerBlock", "ModelConfig",
-    "MultiHeadLatentAttention", "RMSNorm", "SwiGLU", "TrainingConfig", "TransformerBlock", "apply_rope", "generate",
-    "latest_checkpoint", "load_checkpoint", "load_corpus", "load_tokenizer", "save_checkpoint", "stream", "train",
+    "MultiHeadLatentAttention", "RMSNorm", "SwiGLU", "TrainingConfig", "TransformerBlock", "apply_rope", "from_transformers",
+    "generate", "latest_checkpoint", "load_checkpoint", "load_corpus", "load_tokenizer", "save_checkpoint", "stream",
+    "to_transformers", "train",
 ]

@@ -69,6 +69,16 @@ class Bench:
 
 
 @dataclass
+class Export:
+    """Write a folder that transformers opens without optimus: weights, settings, tokenizer, model card."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    """A checkpoint, run, saved folder, or shipped model."""
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """The new folder; its last part names the model. One that holds anything is refused."""
+
+
+@dataclass
 class Info:
     """Show the device, versions, presets and shipped models."""
 
@@ -81,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         command = parse(argv)
         if isinstance(command, Train): return train(command, argv)
         if isinstance(command, Bench): return bench(command)
+        if isinstance(command, Export): return export(command)
         return generate(command) if isinstance(command, Generate) else info()
     except BrokenPipeError:  # the reader has gone, as in `optimus info | head`
         sys.stdout = None
@@ -93,17 +104,18 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def parse(argv: list[str]) -> Train | Generate | Bench | Info:
+def parse(argv: list[str]) -> Train | Generate | Export | Bench | Info:
     """The command that the words ask for; a bad flag or value ends the program with code 2 and a sentence."""
     commands = (Annotated[Train, tyro.conf.subcommand("train", default=train_defaults(argv))]
                 | Annotated[Generate, tyro.conf.subcommand("generate")]
+                | Annotated[Export, tyro.conf.subcommand("export")]
                 | Annotated[Bench, tyro.conf.subcommand("bench")]
                 | Annotated[Info, tyro.conf.subcommand("info")])
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
             return tyro.cli(commands, prog="optimus", args=argv, config=(tyro.conf.OmitSubcommandPrefixes,),
-                            description="Train, run and inspect small language models.")
+                            description="Train, run, export and inspect small language models.")
     except SystemExit as end:
         text = " ".join(re.sub(r"[╭╮╰╯─│]|\x1b\[[\d;]*m", " ", box.getvalue()).split())
         text = re.sub(r"^(Parsing error|Value error|Unrecognized options) |Error parsing \S+: ", "", text)
@@ -156,8 +168,8 @@ def say_above_the_bar(text: str):
     tqdm.write(text)
 
 
-def open_checkpoint(path_or_name: str | None):
-    """(model, tokenizer) of a checkpoint, run, saved folder or shipped model; by default the newest here."""
+def find_checkpoint(path_or_name: str | None) -> Path:
+    """The folder of a checkpoint, run, saved model or shipped model; by default the newest here."""
     shipped = shipped_models()
     if path_or_name is None:
         folder = latest_checkpoint(CHECKPOINTS) if Path(CHECKPOINTS).is_dir() else None
@@ -171,6 +183,12 @@ def open_checkpoint(path_or_name: str | None):
             names = f" and not one of {', '.join(shipped)}" if shipped else ""
             raise ValueError(f"no checkpoint {path_or_name!r}: not a folder{names}")
         if not (folder / "model.safetensors").is_file(): folder = latest_checkpoint(folder) or folder
+    return folder
+
+
+def open_checkpoint(path_or_name: str | None):
+    """(model, tokenizer) of what `find_checkpoint` finds."""
+    folder = find_checkpoint(path_or_name)
     model = optimus.LanguageModel.from_pretrained(folder).to(best_device()).eval()
     print(f"({folder}, {model.num_parameters():,} parameters)", file=sys.stderr)
     return model, optimus.load_tokenizer(folder)
@@ -235,6 +253,22 @@ def bench(command: Bench) -> int:
                              say=lambda text: print(f"measuring {text}", file=sys.stderr, flush=True))
     if command.json: command.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(benchmark.bench_table(result))
+    return 0
+
+
+def export(command: Export) -> int:
+    from transformers.utils import logging
+
+    from optimus.interop import export_checkpoint
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    folder = find_checkpoint(command.checkpoint)
+    worst = export_checkpoint(folder, command.out)
+    print(f"exported {folder} to {command.out}\n"
+          f"opened again with transformers: the logits differ by at most {worst:.1e}\n\nnext, in Python:\n"
+          f"    from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+          f"    model = AutoModelForCausalLM.from_pretrained({command.out!r})\n"
+          f"    tokenizer = AutoTokenizer.from_pretrained({command.out!r})")
     return 0
 
 
