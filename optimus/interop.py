@@ -235,7 +235,6 @@ def read_theirs(source: str):
                            output_loading_info=True)
     for kind in ("missing", "unexpected", "mismatched"):  # each would go unnoticed, but for a warning
         for name in sorted(str(name) for name in facts[f"{kind}_keys"]):
-            if name.endswith("rotary_emb.inv_freq"): continue  # old files hold RoPE's frequencies
             why = " (biases cannot be represented)" if name.endswith("bias") else ""
             raise ValueError(f"{source} does not fit its config.json: {kind} tensor {name}{why}")
     return theirs
