@@ -84,6 +84,10 @@ class OneProcess:
         """The mean loss of this rank's sequences; out of memory on one rank is out of memory on all."""
         return model.loss(tokens, targets)
 
+    def together(self, error: torch.OutOfMemoryError) -> bool:
+        """Whether all ranks met this error at the same place, and so can try again together."""
+        return True
+
     def sum(self, value: Tensor) -> Tensor:
         """The sum over all ranks."""
         return value
@@ -273,6 +277,7 @@ def train_step(run: RunState, tokens: Tensor, targets: Tensor, config: TrainingC
                                         run.spread)
             break
         except torch.OutOfMemoryError as error:
+            if not run.spread.together(error): raise
             if run.micro_batch_size == 1:
                 raise torch.OutOfMemoryError("out of memory with one sequence at a time: lower max_length "
                                    "or the model's size, or set checkpointing=True") from error
@@ -513,7 +518,10 @@ class Loop:
         peak, floor = config.learning_rate, config.min_learning_rate
         if floor is None: floor = peak / 10
         rate = learning_rate_at(run.updates, self.steps, round(config.warmup * self.steps), peak, floor)
-        row = train_step(run, tokens, targets, config, rate, self.context)
+        try: row = train_step(run, tokens, targets, config, rate, self.context)
+        except torch.OutOfMemoryError:  # for all ranks, when they start again
+            (self.folder / "micro_batch_size").write_text(str((run.micro_batch_size + 1) // 2))
+            raise
         run.step += 1
         speed = speed_and_memory(tokens.numel() * run.spread.ranks, time.perf_counter() - began, self.device)
         row = {"step": run.step, **row, **speed}
@@ -610,6 +618,8 @@ def train(model_config: ModelConfig, training_config: TrainingConfig, *, resume:
     own = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(own), StopRequest() as stop:  # the caller's random state is left as it was
         run = start_run(model_config, config, device, saved, facts, spread)
+        limit = folder / "micro_batch_size"
+        if limit.is_file(): run.micro_batch_size = min(run.micro_batch_size, int(limit.read_text()))
         steps = total_steps(config, sequences)
         loop = Loop(run, config, device, folder, facts, tokenizer, prepared, steps, say, on_step, saved)
         loop.go(sequences, stop, progress)
