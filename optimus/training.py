@@ -606,6 +606,9 @@ def train(model_config: ModelConfig, training_config: TrainingConfig, *, resume:
     if config.max_length > model_config.rope_seq_len:
         raise ValueError(f"training.max_length is {config.max_length}; it must be at most "
                          f"model.rope_seq_len = {model_config.rope_seq_len}")
+    if config.parallel != "none" and spread is ONE_PROCESS:
+        raise ValueError(f"parallel is {config.parallel!r}: pass spread=optimus.distributed.join(parallel), as "
+                         "`torchrun -m optimus.cli train` does")
     if config.batch_size % spread.ranks:
         raise ValueError(f"batch_size is {config.batch_size}; it must be a multiple of {spread.ranks} ranks")
     tokenizer, prepared = spread.first(lambda: tokenize(model_config, config, corpus, tokenizer, say))

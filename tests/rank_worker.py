@@ -1,146 +1,184 @@
 """Run under torchrun: train the tiny model once for every line of a plan, all in one group of ranks.
 
-    torchrun --nproc-per-node=2 tests/rank_worker.py FOLDER PLAN
+    torchrun --standalone --nproc-per-node=2 tests/rank_worker.py FOLDER PLAN.json
 
-PLAN is a JSON list of runs; each rank writes what it saw to FOLDER/rank-R.json.
+The plan is a list of runs; each rank writes what it saw to FOLDER/rank-R.json. `run` serves one process too.
 """
 import contextlib
+import faulthandler
 import json
+import math
 import os
 import signal
 import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from fork_server import CONFIG, MODEL, TEXTS
 
 from optimus import LanguageModel, ModelConfig, TrainingConfig, train, training
 from optimus.checkpoint import CheckpointError
 from optimus.data import batches, train_tokenizer
-from optimus.distributed import DDPRanks, Ranks, join, restarted
+from optimus.distributed import DDPRanks, FSDPRanks, join, restarted
+from optimus.transformer import MLATransformerBlock
 
 RANK = int(os.environ.get("RANK", 0))
-LOSS = LanguageModel.loss
+LOSS, BLOCK, REPLICATE = LanguageModel.loss, MLATransformerBlock.forward, DDPRanks.replicate
+WHOLE, SCATTER = FSDPRanks.whole, dist.reduce_scatter_tensor
+exchanges = 0  # of gradients, counted while a job says "count"
 
 
-def calls_of_loss(change):
-    """LanguageModel.loss with `change(call number, model, tokens, loss)` around it; numbers count training."""
-    count = [0]
+# Faults: each gives (owner, name, what stands there meanwhile)
+
+def on_rank_1(change):
+    """`change(loss, tokens, number of the call)` on rank 1's training losses only."""
+    calls = [0]
 
     def loss(self, x, y):
-        count[0] += self.training
-        return change(count[0], self, x, lambda: LOSS(self, x, y))
+        value = LOSS(self, x, y)
+        calls[0] += self.training
+        return change(value, x, calls[0]) if self.training and RANK == 1 else value
     return LanguageModel, "loss", loss
 
 
-def memory_for(sequences, rank):
-    """Only `rank` has too little memory: its forward pass fails beyond so many sequences."""
-    def change(call, model, x, loss):
-        if model.training and RANK == rank and len(x) > sequences: raise torch.OutOfMemoryError("pretended")
-        return loss()
-    return calls_of_loss(change)
+class BackwardOutOfMemory(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): return x.clone()
+    @staticmethod
+    def backward(ctx, gradient): raise torch.OutOfMemoryError("pretended")
 
 
-def memory_lost_in_block(sequences, rank):
-    """The same, but the memory ends in the middle: after the first block, before the second."""
-    class Tight(training.LanguageModel):
-        pass
-    from optimus.transformer import MLATransformerBlock
-    forward = MLATransformerBlock.forward
-    calls = [0]
-
-    def tight(self, x, *rest):
-        calls[0] += 1
-        if self.training and RANK == rank and len(x) > sequences and calls[0] % 2 == 0:
-            raise torch.OutOfMemoryError("pretended")
-        return forward(self, x, *rest)
-    return MLATransformerBlock, "forward", tight
+def too_long(loss, x, call):
+    if len(x) > 1: raise torch.OutOfMemoryError("pretended")
+    return loss
 
 
-def masked(call, model, x, loss): return loss()
+def tight_second_block(self, x, *rest):
+    second = self.attention_norm_number if hasattr(self, "attention_norm_number") else None
+    if self.training and RANK == 1 and len(x) > 1 and second: raise torch.OutOfMemoryError("pretended")
+    return BLOCK(self, x, *rest)
 
 
-class Masked:
-    """Targets counted unevenly over ranks: sequence i of a batch keeps its first 2 + 4 i targets."""
-    def __new__(cls, sequences, batch_size, steps, *, rank=0, world_size=1, **options):
-        share = batch_size // world_size
-        for x, y in batches(sequences, batch_size, steps, rank=rank, world_size=world_size, **options):
-            y = y.clone()
-            for i in range(share): y[i, 4 * (rank * share + i):] = -100
-            yield x, y
+def numbered_blocks(self, config):
+    """LanguageModel.__init__ that lets a block know whether it is the second."""
+    INIT(self, config)
+    self.blocks[1].attention_norm_number = 2
 
 
-def same_data(sequences, batch_size, steps, *, rank=0, world_size=1, **options):
-    return batches(sequences, batch_size, steps, rank=0, world_size=world_size, **options)
+def uneven(sequences, batch_size, steps, *, rank=0, world_size=1, **options):
+    """Targets counted unevenly over ranks: sequence i of the whole batch keeps its first 5 i."""
+    share = batch_size // world_size
+    for x, y in batches(sequences, batch_size, steps, rank=rank, world_size=world_size, **options):
+        for i in range(share): y[i, 5 * (rank * share + i):] = -100
+        yield x, y
 
 
-def write_refused(*a, **k): raise CheckpointError("could not write: pretended")
+def same_data(*a, rank=0, **options): return batches(*a, rank=0, **options)
+def refused(*a, **options): raise CheckpointError("could not write: pretended")
+def counted_locally(self, x): return x.detach().cpu() * self.ranks
+def always_exchanged(self, model, last): return contextlib.nullcontext()
+def always_scattered(self, model, last): return model.set_requires_gradient_sync(True) or contextlib.nullcontext()
 
 
-def signal_on_rank_1(self, *numbers):
-    return MOST(self, *numbers)
+def only_shards(self, value):
+    """`whole` that forgets the optimizer: momenta are zeros instead of what the ranks hold."""
+    value = WHOLE(self, value)
+    for entry in value.get("state", {}).values() if isinstance(value, dict) else ():
+        for x in entry.values(): x.zero_()
+    return value
 
 
-MOST = Ranks.most
-BAD = float("nan")
+INIT = LanguageModel.__init__
+UNEVEN = (training, "batches", uneven)
 FAULTS = {
-    "masked": lambda: (training, "batches", Masked),
-    "same data": lambda: (training, "batches", same_data),
-    "no share": lambda: (DDPRanks, "sum", lambda self, x: x.detach().cpu() * self.ranks),
-    "memory": lambda: memory_for(1, 1),
-    "memory in block": lambda: memory_lost_in_block(1, 1),
-    "nan": lambda: calls_of_loss(lambda call, m, x, loss: loss() * (BAD if RANK == 1 and call == 3 else 1)),
-    "inf": lambda: calls_of_loss(lambda call, m, x, loss: loss() * (1e38 * 10 if RANK == 1 and call == 3 else 1)),
-    "write": lambda: (training, "save_checkpoint", write_refused),
+    "uneven": lambda: [UNEVEN],
+    "uneven, counted locally": lambda: [UNEVEN, (DDPRanks, "sum", counted_locally)],
+    "same data": lambda: [(training, "batches", same_data)],
+    "memory": lambda: [on_rank_1(too_long)],
+    "memory in a block": lambda: [(LanguageModel, "__init__", numbered_blocks),
+                                  (MLATransformerBlock, "forward", tight_second_block)],
+    "memory in backward": lambda: [on_rank_1(lambda loss, x, call: BackwardOutOfMemory.apply(loss)
+                                             if len(x) > 1 else loss)],
+    "nan": lambda: [on_rank_1(lambda loss, x, call: loss * (math.nan if call == 4 else 1))],
+    "float16, inf": lambda: [on_rank_1(lambda loss, x, call: loss * (math.inf if call == 4 else 1)),
+                             (training, "amp_dtype", lambda amp, device: torch.float16),
+                             (training, "autocast", lambda dtype, device: contextlib.nullcontext())],
+    "refused": lambda: [(training, "save_checkpoint", refused)],
+    "always exchanged": lambda: [(DDPRanks, "part", always_exchanged), (FSDPRanks, "part", always_scattered)],
+    "only shards": lambda: [(FSDPRanks, "whole", only_shards)],
 }
 
 
+def counting_replicate(self, model):
+    REPLICATE(self, model)
+
+    def hook(state, bucket):
+        global exchanges
+        exchanges += 1
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+        return allreduce_hook(state, bucket)
+    self.replica.register_comm_hook(None, hook)
+
+
+def counting_scatter(*a, **options):
+    global exchanges
+    exchanges += 1
+    return SCATTER(*a, **options)
+
+
+COUNTED = [(DDPRanks, "replicate", counting_replicate), (dist, "reduce_scatter_tensor", counting_scatter)]
+
+
 @contextlib.contextmanager
-def planted(name):
-    if not name:
+def planted(changes):
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+    try:
+        for change in changes: setattr(*change)
         yield
-        return
-    owner, attribute, changed = FAULTS[name]()
-    before = getattr(owner, attribute)
-    setattr(owner, attribute, changed)
-    try: yield
-    finally: setattr(owner, attribute, before)
+    finally:
+        for kept in before: setattr(*kept)
 
 
 def run(folder: Path, job: dict) -> dict:
     """Train as `job` says and return what can be compared: losses, steps, sizes, or the error."""
+    global exchanges
+    exchanges = 0
+    run_name = job.get("run", job["name"])
     places = dict(checkpoint_dir=str(folder / "checkpoints"), tensorboard_dir=str(folder / "runs"))
-    config = TrainingConfig(**CONFIG | places | dict(run_name=job["name"], save_interval=10, max_steps=20)
+    config = TrainingConfig(**CONFIG | places | dict(run_name=run_name, save_interval=5, max_steps=20)
                             | job.get("settings", {}))
     model = ModelConfig(**MODEL | dict(dropout=0.0) | job.get("model", {}))
-    stop, kill = job.get("stop"), job.get("kill")
 
     def on_step(row):
-        if row["step"] == kill and RANK == 1 and not restarted(): os.kill(os.getpid(), signal.SIGKILL)
-        if row["step"] == job.get("signal") and RANK == 1: os.kill(os.getpid(), signal.SIGTERM)
-        return RANK == 1 and row["step"] == stop  # one rank's wish is enough
+        if RANK == 1 and row["step"] == job.get("kill") and not restarted(): os.kill(os.getpid(), signal.SIGKILL)
+        if RANK == 1 and row["step"] == job.get("signal"): os.kill(os.getpid(), signal.SIGTERM)
+        last_rank = RANK == int(os.environ.get("WORLD_SIZE", 1)) - 1
+        return last_rank and row["step"] == job.get("stop")  # the wish of one rank is enough
 
-    print(job['name'], flush=True)
-    with planted(job.get("fault")):
+    changes = FAULTS[job["fault"]]() if job.get("fault") else []
+    with planted(changes + (COUNTED if job.get("count") else [])):
         try: result = train(model, config, resume=job.get("resume", False) or restarted(),
                             corpus={"text": TEXTS}, tokenizer=train_tokenizer(TEXTS, 280), progress=False,
                             on_step=on_step, spread=join(config.parallel))
-        except (CheckpointError, ValueError, FloatingPointError) as error:
-            return {"error": f"{type(error).__name__}: {error}"}
-    weights = torch.cat([p.detach().flatten().double() for p in result.model.parameters()])
-    return {"losses": [row["loss"] for row in result.history], "checkpoint": str(result.checkpoint),
-            "norms": [row["gradient_norm"] for row in result.history], "stopped_by": result.stopped_by,
-            "validation": [row["validation_loss"] for row in result.history if "validation_loss" in row],
-            "weights": weights.sum().item(), "steps": [row["step"] for row in result.history]}
+        except (CheckpointError, ValueError) as error: return {"error": f"{type(error).__name__}: {error}"}
+    rows = result.history
+    state = json.loads((result.checkpoint / "trainer_state.json").read_text())
+    return {"losses": [row["loss"] for row in rows], "norms": [row["gradient_norm"] for row in rows],
+            "scales": [row["loss_scale"] for row in rows],
+            "validation": [row["validation_loss"] for row in rows if "validation_loss" in row],
+            "weights": torch.cat([p.detach().flatten() for p in result.model.parameters()]).tolist(),
+            "stopped_by": result.stopped_by, "checkpoint": str(result.checkpoint), "state": state["run"],
+            "exchanges": exchanges, "process": os.getpid()}
 
 
 def main():
-    import faulthandler; faulthandler.dump_traceback_later(25, exit=True)
+    faulthandler.dump_traceback_later(150, exit=True)  # a hang shows where
     torch.set_num_threads(1)
-    folder, plan = Path(sys.argv[1]), json.loads(sys.argv[2])
+    folder, plan = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     results = {job["name"]: run(folder, job) for job in plan}
     (folder / f"rank-{RANK}.json").write_text(json.dumps(results))
-    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__": main()
