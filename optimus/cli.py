@@ -18,7 +18,7 @@ from optimus import ModelConfig, TrainingConfig
 from optimus.checkpoint import CheckpointError, latest_checkpoint
 from optimus.config import PRESETS
 from optimus.data import shipped_models
-from optimus.distributed import join, restarted
+from optimus.distributed import join, starts_before
 from optimus.training import best_device
 
 CHECKPOINTS = TrainingConfig.checkpoint_dir
@@ -121,9 +121,12 @@ def train(command: Train, argv: list[str]) -> int:
     tell(f"preset {name}{why}: {model.attention.upper()} with {model.num_layers} layers "
          f"of width {model.embedding_dim}, {config.max_length} tokens a sequence, "
          f"{config.batch_size} sequences a step, corpus {config.dataset_name}, on {where}")
+    begun = spread.noted() if starts_before() else None
+    if begun: config = replace(config, run_name=begun)
     say = say_above_the_bar if spread.rank == 0 else lambda text: None
-    result = optimus.train(model, config, resume=command.resume or restarted(), say=say, spread=spread,
-                           progress=spread.rank == 0)
+    result = optimus.train(model, config, resume=command.resume or begun is not None, say=say,
+                           spread=spread, progress=spread.rank == 0)
+    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
     last = result.history[-1]
     if result.stopped_by:
         tell(f"stopped by signal {result.stopped_by} after step {last['step']} "

@@ -72,9 +72,9 @@ class OneProcess:
     """
     rank, ranks, device = 0, 1, None
 
-    def wrap(self, model: LanguageModel) -> LanguageModel:
-        """The model ready to train; its optimizer is made afterwards."""
-        return model
+    def wrap(self, model: LanguageModel, device: torch.device) -> LanguageModel:
+        """The model ready to train on `device`; its optimizer is made afterwards."""
+        return model.to(device)
 
     def part(self, model, last: bool):
         """The context of one part of a batch; gradients are exchanged in the last one only."""
@@ -111,6 +111,9 @@ class OneProcess:
     def cut(self, state: dict, optimizer: torch.optim.Optimizer) -> dict:
         """Undo `whole` for an optimizer's state."""
         return state
+
+    def note(self, run_name: str) -> None:
+        """Remember the run's name for processes that are started again after a rank was lost."""
 
     def random_state(self) -> dict[str, Any]:
         """The state of the random generators, of all ranks."""
@@ -570,11 +573,11 @@ def start_run(model_config: ModelConfig, config: TrainingConfig, device: torch.d
     if saved: check_same_run(json.loads((saved / "trainer_state.json").read_text(encoding="utf-8")), facts)
     checkpoint = load_checkpoint(saved) if saved else None
     torch.manual_seed(config.seed)
-    model = (checkpoint.model if checkpoint else LanguageModel(model_config)).to(device)
+    model = checkpoint.model if checkpoint else LanguageModel(model_config)
     if config.compile:
         for block in model.blocks: block.compile()
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(config.amp, device) == torch.float16)
-    model, share = spread.wrap(model), config.batch_size // spread.ranks
+    model, share = spread.wrap(model, device), config.batch_size // spread.ranks
     run = RunState(model, make_optimizer(model, config), scaler, config.micro_batch_size or share, spread=spread)
     if checkpoint:
         if checkpoint.train_state is None:
@@ -614,6 +617,7 @@ def train(model_config: ModelConfig, training_config: TrainingConfig, *, resume:
     tokenizer, prepared = spread.first(lambda: tokenize(model_config, config, corpus, tokenizer, say))
     sequences = Sequences(prepared, "train", config.max_length, config.seed)
     folder = spread.first(lambda: choose_run_folder(config, resume))
+    spread.note(folder.name)
     facts = {"model_config": asdict(model_config), "training_config": asdict(config),
              "corpus": {"name": config.dataset_name, "fingerprint": prepared.fingerprint}}
     spread.first(lambda: remove_leftovers(folder))

@@ -20,12 +20,13 @@ from fork_server import CONFIG, MODEL, TEXTS
 from optimus import LanguageModel, ModelConfig, TrainingConfig, train, training
 from optimus.checkpoint import CheckpointError
 from optimus.data import batches, train_tokenizer
-from optimus.distributed import DDPRanks, FSDPRanks, join, restarted
+from optimus.distributed import DDPRanks, FSDPRanks, join, starts_before
 from optimus.transformer import MLATransformerBlock
 
+SCATTERS = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 RANK = int(os.environ.get("RANK", 0))
 LOSS, BLOCK, REPLICATE = LanguageModel.loss, MLATransformerBlock.forward, DDPRanks.replicate
-WHOLE, SCATTER = FSDPRanks.whole, dist.reduce_scatter_tensor
+WHOLE, SCATTER = FSDPRanks.whole, getattr(dist, SCATTERS)
 exchanges = 0  # of gradients, counted while a job says "count"
 
 
@@ -55,15 +56,15 @@ def too_long(loss, x, call):
 
 
 def tight_second_block(self, x, *rest):
-    second = self.attention_norm_number if hasattr(self, "attention_norm_number") else None
-    if self.training and RANK == 1 and len(x) > 1 and second: raise torch.OutOfMemoryError("pretended")
+    if self.training and RANK == 1 and len(x) > 1 and hasattr(self, "second"):
+        raise torch.OutOfMemoryError("pretended")
     return BLOCK(self, x, *rest)
 
 
-def numbered_blocks(self, config):
-    """LanguageModel.__init__ that lets a block know whether it is the second."""
+def marked_blocks(self, config):
+    """LanguageModel.__init__ that lets a block know that it is the second."""
     INIT(self, config)
-    self.blocks[1].attention_norm_number = 2
+    self.blocks[1].second = True
 
 
 def uneven(sequences, batch_size, steps, *, rank=0, world_size=1, **options):
@@ -96,7 +97,7 @@ FAULTS = {
     "uneven, counted locally": lambda: [UNEVEN, (DDPRanks, "sum", counted_locally)],
     "same data": lambda: [(training, "batches", same_data)],
     "memory": lambda: [on_rank_1(too_long)],
-    "memory in a block": lambda: [(LanguageModel, "__init__", numbered_blocks),
+    "memory in a block": lambda: [(LanguageModel, "__init__", marked_blocks),
                                   (MLATransformerBlock, "forward", tight_second_block)],
     "memory in backward": lambda: [on_rank_1(lambda loss, x, call: BackwardOutOfMemory.apply(loss)
                                              if len(x) > 1 else loss)],
@@ -127,7 +128,7 @@ def counting_scatter(*a, **options):
     return SCATTER(*a, **options)
 
 
-COUNTED = [(DDPRanks, "replicate", counting_replicate), (dist, "reduce_scatter_tensor", counting_scatter)]
+COUNTED = [(DDPRanks, "replicate", counting_replicate), (dist, SCATTERS, counting_scatter)]
 
 
 @contextlib.contextmanager
@@ -151,14 +152,14 @@ def run(folder: Path, job: dict) -> dict:
     model = ModelConfig(**MODEL | dict(dropout=0.0) | job.get("model", {}))
 
     def on_step(row):
-        if RANK == 1 and row["step"] == job.get("kill") and not restarted(): os.kill(os.getpid(), signal.SIGKILL)
+        if RANK == 1 and row["step"] == job.get("kill") and not starts_before(): os.kill(os.getpid(), signal.SIGKILL)
         if RANK == 1 and row["step"] == job.get("signal"): os.kill(os.getpid(), signal.SIGTERM)
         last_rank = RANK == int(os.environ.get("WORLD_SIZE", 1)) - 1
         return last_rank and row["step"] == job.get("stop")  # the wish of one rank is enough
 
     changes = FAULTS[job["fault"]]() if job.get("fault") else []
     with planted(changes + (COUNTED if job.get("count") else [])):
-        try: result = train(model, config, resume=job.get("resume", False) or restarted(),
+        try: result = train(model, config, resume=job.get("resume", False) or starts_before() > 0,
                             corpus={"text": TEXTS}, tokenizer=train_tokenizer(TEXTS, 280), progress=False,
                             on_step=on_step, spread=join(config.parallel))
         except (CheckpointError, ValueError) as error: return {"error": f"{type(error).__name__}: {error}"}

@@ -17,7 +17,7 @@ from rank_worker import run as run_job
 
 from optimus import ModelConfig, TrainingConfig, train
 from optimus.checkpoint import load_checkpoint, problem, step_folders
-from optimus.distributed import join, restarted
+from optimus.distributed import join, starts_before
 
 ROOT = Path(__file__).resolve().parent.parent
 DDP, FSDP, DROPOUT = dict(parallel="ddp"), dict(parallel="fsdp"), dict(dropout=0.2)
@@ -285,6 +285,6 @@ def test_train_without_its_ranks_is_refused(tmp_path):
 
 
 def test_a_second_start_by_torchrun_is_noticed(monkeypatch):
-    assert not restarted()
+    assert not starts_before()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert restarted()
+    assert starts_before() == 1
