@@ -366,7 +366,8 @@ def write_shards(folder: Path, split: str, texts: Sequence[str], rows: list[int]
         sums.append(json.loads(whole.read_text()))
     with open(folder / f"{split}.bin", "wb") as file:
         for number in range(len(starts)):
-            with open(folder / f"{split}-{documents}-{number:05d}.bin", "rb") as shard: shutil.copyfileobj(shard, file)
+            shard = folder / f"{split}-{documents}-{number:05d}.bin"
+            with open(shard, "rb") as part: shutil.copyfileobj(part, file)
         file.flush()
         os.fsync(file.fileno())
     return sum(tokens for tokens, _ in sums), sum(size for _, size in sums)
@@ -376,8 +377,8 @@ def prepare(corpus, tokenizer: Tokenizer, train_fraction: float = 0.9,
     """Tokenize `corpus` once into the cache folder and return what is there; the next call only reads.
 
     The folder's name is a sha256 of every text, the tokenizer and the fraction: an edited corpus is another.
-    It is built under a temporary name and renamed when whole: a preparation killed half-way is never used, and
-    goes on at its first unfinished shard. Texts are read a few at a time; `say` hears the speed.
+    It is built under a temporary name and renamed when whole: a preparation killed half-way is never used,
+    and goes on at its first unfinished shard. Texts are read a few at a time; `say` hears the speed.
     """
     from filelock import FileLock
     digest = hashlib.sha256(f"{train_fraction}\0{tokenizer.backend.to_str()}".encode())

@@ -109,7 +109,7 @@ class Ranks(Words):
 
 # %% ../notebooks/14_scale_out.ipynb #14d00021
 class Loss(nn.Module):
-    """A module whose forward is the model's loss: DDP exchanges gradients only of what goes through forward."""
+    """A module whose forward is the model's loss: DDP only serves what goes through forward."""
     def __init__(self, model: LanguageModel):
         super().__init__()
         self.model = model
@@ -139,7 +139,7 @@ class DDPRanks(Ranks):
 
 # %% ../notebooks/14_scale_out.ipynb #14d00022
 class FSDPRanks(Ranks):
-    """Every rank holds 1/N of each weight, gradient and optimizer entry (ZeRO-3, arXiv:1910.02054, Sec. 5.3).
+    """Every rank holds 1/N of each weight, gradient and optimizer entry (ZeRO stage 3, arXiv:1910.02054).
 
     A block's weights are gathered when it runs and dropped afterwards. Needs every rank in every pass.
     """
@@ -207,14 +207,14 @@ def join(parallel: str) -> OneProcess:
     device, local = torch.device("cpu"), int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
-            raise ValueError(f"this machine has {torch.cuda.device_count()} GPUs, too few for its ranks: lower "
-                             "--nproc-per-node")
+            raise ValueError(f"this machine has {torch.cuda.device_count()} GPUs, too few for its ranks: "
+                             "lower --nproc-per-node")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     return (DDPRanks if parallel == "ddp" else FSDPRanks)(device, meet(device))
 
 def starts_before() -> int:
-    """How often torchrun has started this process before because a rank was lost: then a run is resumed."""
+    """How often torchrun has started all ranks before, because one was lost: then a run is resumed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 def meet(device: torch.device) -> dist.Store:

@@ -366,7 +366,8 @@ def evaluate(model: LanguageModel, sequences: Sequences, batch_size: int, max_ba
     for s in steps:
         rows = list(range(s * batch_size, min((s + 1) * batch_size, len(sequences))))
         mine = rows[spread.rank::spread.ranks]
-        tokens, targets = (torch.stack(part).to(device) for part in zip(*sequences.__getitems__(mine or rows[:1])))
+        pairs = sequences.__getitems__(mine or rows[:1])  # a rank without a row still takes part
+        tokens, targets = (torch.stack(part).to(device) for part in zip(*pairs))
         with context or contextlib.nullcontext(): loss = spread.loss(model, tokens, targets)
         if mine: sums += torch.tensor([loss.item() * targets.numel(), targets.numel()], dtype=torch.float64)
     model.train(was_training)
@@ -578,7 +579,8 @@ def start_run(model_config: ModelConfig, config: TrainingConfig, device: torch.d
         for block in model.blocks: block.compile()
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(config.amp, device) == torch.float16)
     model, share = spread.wrap(model, device), config.batch_size // spread.ranks
-    run = RunState(model, make_optimizer(model, config), scaler, config.micro_batch_size or share, spread=spread)
+    micro = config.micro_batch_size or share
+    run = RunState(model, make_optimizer(model, config), scaler, micro, spread=spread)
     if checkpoint:
         if checkpoint.train_state is None:
             raise CheckpointError(f"{saved} holds no training state; it can generate but not resume")
@@ -610,8 +612,8 @@ def train(model_config: ModelConfig, training_config: TrainingConfig, *, resume:
         raise ValueError(f"training.max_length is {config.max_length}; it must be at most "
                          f"model.rope_seq_len = {model_config.rope_seq_len}")
     if config.parallel != "none" and spread is ONE_PROCESS:
-        raise ValueError(f"parallel is {config.parallel!r}: pass spread=optimus.distributed.join(parallel), as "
-                         "`torchrun -m optimus.cli train` does")
+        raise ValueError(f"parallel is {config.parallel!r}: pass spread=optimus.distributed.join(parallel), "
+                         "as `torchrun -m optimus.cli train` does")
     if config.batch_size % spread.ranks:
         raise ValueError(f"batch_size is {config.batch_size}; it must be a multiple of {spread.ranks} ranks")
     tokenizer, prepared = spread.first(lambda: tokenize(model_config, config, corpus, tokenizer, say))

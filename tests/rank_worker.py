@@ -79,7 +79,7 @@ def same_data(*a, rank=0, **options): return batches(*a, rank=0, **options)
 def refused(*a, **options): raise CheckpointError("could not write: pretended")
 def counted_locally(self, x): return x.detach().cpu() * self.ranks
 def always_exchanged(self, model, last): return contextlib.nullcontext()
-def always_scattered(self, model, last): return model.set_requires_gradient_sync(True) or contextlib.nullcontext()
+def always_scattered(self, model, last): return contextlib.nullcontext()  # FSDP's default
 
 
 def only_shards(self, value):
@@ -152,7 +152,8 @@ def run(folder: Path, job: dict) -> dict:
     model = ModelConfig(**MODEL | dict(dropout=0.0) | job.get("model", {}))
 
     def on_step(row):
-        if RANK == 1 and row["step"] == job.get("kill") and not starts_before(): os.kill(os.getpid(), signal.SIGKILL)
+        killed = row["step"] == job.get("kill") and not starts_before()
+        if RANK == 1 and killed: os.kill(os.getpid(), signal.SIGKILL)
         if RANK == 1 and row["step"] == job.get("signal"): os.kill(os.getpid(), signal.SIGTERM)
         last_rank = RANK == int(os.environ.get("WORLD_SIZE", 1)) - 1
         return last_rank and row["step"] == job.get("stop")  # the wish of one rank is enough

@@ -258,7 +258,8 @@ def test_a_killed_rank_and_memory_lost_in_backward_start_all_again(tmp_path, sin
 @pytest.mark.slow
 def test_the_command_trains_on_two_ranks(tmp_path):
     text = tmp_path / "text.txt"
-    text.write_text("\n<|endoftext|>\n".join(f"Document {i} counts from {i} to {i * i}. " * 9 for i in range(40)))
+    documents = [f"Document {i} counts from {i} to {i * i}. " * 9 for i in range(40)]
+    text.write_text("\n<|endoftext|>\n".join(documents))
     words = ["-m", "optimus.cli", "train", "--preset", "tiny", "--corpus", text, "--model.vocab-size", "300",
              "--training.parallel", "fsdp", "--training.max-steps", "4", "--training.max-length", "32",
              "--training.checkpoint-dir", tmp_path / "c", "--training.tensorboard-dir", tmp_path / "r"]
