@@ -194,8 +194,8 @@ class FSDPRanks(Ranks):
 def join(parallel: str) -> OneProcess:
     """This process's place among the ranks that torchrun started, for `train(..., spread=...)`.
 
-    "none" is one process alone, "ddp" a copy of the model on every rank, "fsdp" a share of it. ValueError when
-    `parallel` and the way the process was started do not fit together.
+    "none" is one process alone, "ddp" a copy of the model on every rank, "fsdp" a share of it. ValueError
+    when `parallel` and the way the process was started do not fit together.
     """
     started = int(os.environ.get("WORLD_SIZE", 0))
     if parallel == "none":
@@ -248,8 +248,8 @@ def memory_per_rank(config: ModelConfig, ranks: int, parallel: str) -> float:
 def bytes_sent_per_rank(config: ModelConfig, ranks: int, parallel: str, parts: int = 1) -> float:
     """Bytes a rank sends in a step of so many parts, in float32, when all collectives go round a ring.
 
-    DDP adds up the gradients once: 2 (N - 1) / N of their size. FSDP2 gathers the blocks' weights twice a part
-    (forward and backward pass), the others once a part, and adds up the gradients once.
+    DDP adds up the gradients once: 2 (N - 1) / N of their size. FSDP2 gathers the blocks' weights twice a
+    part (forward and backward pass), the others once a part, and adds up the gradients once.
     """
     counts = count_parameters(config)
     rest = counts["embedding"] + counts["head"] + config.embedding_dim  # and the last norm
