@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout = None
         return 141
     except (ValueError, OSError, CheckpointError, FloatingPointError, torch.OutOfMemoryError) as error:
-        print(f"optimus: {error}", file=sys.stderr)
+        if not getattr(error, "told", False): print(f"optimus: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\noptimus: interrupted", file=sys.stderr)

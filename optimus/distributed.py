@@ -63,7 +63,10 @@ class Words(OneProcess):
             try: answer[0] = work()
             except Exception as error: answer[1] = type(error), str(error)
         dist.broadcast_object_list(answer, src=0, group=self.words)
-        if answer[1]: raise answer[1][0](answer[1][1])
+        if answer[1]:
+            error = answer[1][0](answer[1][1])
+            error.told = self.rank > 0  # rank 0 says it
+            raise error
         return answer[0]
 
     def note(self, run_name: str) -> None:
@@ -172,12 +175,17 @@ class FSDPRanks(Ranks):
             raise
 
     def whole(self, value: Any) -> Any:
-        def fill(x): return x.full_tensor().cpu() if isinstance(x, DTensor) else x
+        def fill(x):
+            if not isinstance(x, DTensor): return x
+            x = x.full_tensor()  # one at a time, and kept by rank 0 only
+            return x.cpu() if self.rank == 0 or x.ndim == 0 else None
         return tree_map(fill, value)
 
     def whole_model(self, model: LanguageModel) -> LanguageModel:
+        state = self.whole(model.state_dict())
+        if self.rank: return model
         with torch.device("meta"): plain = LanguageModel(model.config)
-        plain.load_state_dict(self.whole(model.state_dict()), assign=True)
+        plain.load_state_dict(state, assign=True)
         if model.config.tie_embeddings: plain.head.weight = plain.embedding.weight
         return plain
 

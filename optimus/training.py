@@ -101,7 +101,7 @@ class OneProcess:
         return work()
 
     def whole(self, value: Any) -> Any:
-        """A tensor, or a dict or list of tensors, where every part that lies on other ranks is filled in."""
+        """Tensors, filled in with what lies on other ranks: on rank 0, and a single number everywhere."""
         return value
 
     def whole_model(self, model: LanguageModel) -> LanguageModel:

@@ -165,11 +165,13 @@ def run(folder: Path, job: dict) -> dict:
                             on_step=on_step, spread=join(config.parallel))
         except (CheckpointError, ValueError) as error: return {"error": f"{type(error).__name__}: {error}"}
     rows = result.history
+    model = result.model
+    if config.parallel == "fsdp": model = LanguageModel.from_pretrained(result.checkpoint)
     state = json.loads((result.checkpoint / "trainer_state.json").read_text())
     return {"losses": [row["loss"] for row in rows], "norms": [row["gradient_norm"] for row in rows],
             "scales": [row["loss_scale"] for row in rows],
             "validation": [row["validation_loss"] for row in rows if "validation_loss" in row],
-            "weights": torch.cat([p.detach().flatten() for p in result.model.parameters()]).tolist(),
+            "weights": torch.cat([p.detach().flatten() for p in model.parameters()]).tolist(),
             "stopped_by": result.stopped_by, "checkpoint": str(result.checkpoint), "state": state["run"],
             "exchanges": exchanges, "process": os.getpid()}
 

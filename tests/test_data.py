@@ -302,7 +302,8 @@ def test_shards_of_any_size_make_the_same_row(corpus, tokenizer, tmp_path, monke
     monkeypatch.setenv("OPTIMUS_CACHE", str(tmp_path / "other"))
     parts = prepare(corpus, tokenizer, say=said.append, shard_documents=4)
     assert rows_of(parts) == rows_of(whole) and parts.fingerprint == whole.fingerprint
-    assert sorted(f.name for f in Path(parts.folder).iterdir()) == ["done.json", "train.bin", "validation.bin"]
+    left = sorted(f.name for f in Path(parts.folder).iterdir())
+    assert left == ["done.json", "train.bin", "validation.bin"]
     assert len(said) == 6 + 1 and all("MB/s" in line for line in said)  # 21 documents and 2, by four
 
 
