@@ -86,7 +86,7 @@ def only_shards(self, value):
     """`whole` that forgets the optimizer: momenta are zeros instead of what the ranks hold."""
     value = WHOLE(self, value)
     for entry in value.get("state", {}).values() if isinstance(value, dict) else ():
-        for x in entry.values(): x.zero_()
+        for x in filter(torch.is_tensor, entry.values()): x.zero_()
     return value
 
 

@@ -99,7 +99,9 @@ def ranks(tmp_path_factory):
         if kind not in seen:
             folder = tmp_path_factory.mktemp(kind)
             run_job(folder, dict(name="from 1 rank", run="from-one", stop=9))
+            seen[kind] = None  # a start that fails is not tried again for every test
             seen[kind] = folder, start(folder, jobs(kind))
+        assert seen[kind], "the ranks did not come to their end"
         return seen[kind]
     return go
 
