@@ -18,6 +18,7 @@ from optimus import ModelConfig, TrainingConfig
 from optimus.checkpoint import CheckpointError, latest_checkpoint
 from optimus.config import PRESETS
 from optimus.data import shipped_models
+from optimus.distributed import join, starts_before
 from optimus.training import best_device
 
 CHECKPOINTS = TrainingConfig.checkpoint_dir
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout = None
         return 141
     except (ValueError, OSError, CheckpointError, FloatingPointError, torch.OutOfMemoryError) as error:
-        print(f"optimus: {error}", file=sys.stderr)
+        if not getattr(error, "told", False): print(f"optimus: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\noptimus: interrupted", file=sys.stderr)
@@ -138,28 +139,36 @@ def automatic_preset() -> str: return "base" if best_device().type == "cuda" els
 def train(command: Train, argv: list[str]) -> int:
     config, model = command.training, command.model
     if command.corpus: config = replace(config, dataset_name=command.corpus)
-    device = best_device()
+    spread = join(config.parallel)
+    device = spread.device or best_device()
+    tell = print if spread.rank == 0 else lambda *text: None
     name, why = command.preset, ""
     if name == "auto":
         name = automatic_preset()
         why = f" (chosen because there is {'a' if device.type == 'cuda' else 'no'} CUDA GPU)"
-    print(f"preset {name}{why}: {model.attention.upper()} with {model.num_layers} layers "
-          f"of width {model.embedding_dim}, {config.max_length} tokens a sequence, "
-          f"{config.batch_size} sequences a step, corpus {config.dataset_name}, on {device}")
-    result = optimus.train(model, config, resume=command.resume, say=say_above_the_bar)
+    where = f"{spread.ranks} ranks ({config.parallel}) of {device.type}" if spread.ranks > 1 else device
+    tell(f"preset {name}{why}: {model.attention.upper()} with {model.num_layers} layers "
+         f"of width {model.embedding_dim}, {config.max_length} tokens a sequence, "
+         f"{config.batch_size} sequences a step, corpus {config.dataset_name}, on {where}")
+    begun = spread.noted() if starts_before() else None
+    if begun: config = replace(config, run_name=begun)
+    say = say_above_the_bar if spread.rank == 0 else lambda text: None
+    result = optimus.train(model, config, resume=command.resume or begun is not None, say=say,
+                           spread=spread, progress=spread.rank == 0)
+    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
     last = result.history[-1]
     if result.stopped_by:
-        print(f"stopped by signal {result.stopped_by} after step {last['step']} "
-              f"and saved {result.checkpoint}; continue with\n"
-              f"    optimus train --resume {shlex.join(a for a in argv[1:] if a != '--resume')}".rstrip())
+        tell(f"stopped by signal {result.stopped_by} after step {last['step']} "
+             f"and saved {result.checkpoint}; continue with\n"
+             f"    optimus train --resume {shlex.join(a for a in argv[1:] if a != '--resume')}".rstrip())
         return 128 + result.stopped_by
     named = f" --checkpoint {shlex.quote(str(result.checkpoint))}"
     where = "" if config.checkpoint_dir == CHECKPOINTS else named
-    print(f"\ntrained {result.model.num_parameters():,} parameters for {last['step']:,} steps; "
-          f"held-out loss {last['validation_loss']:.3f}, {last['bits_per_byte']:.3f} bits per byte\n"
-          f"saved {result.checkpoint}\n\nnext:\n"
-          f"    optimus generate \"The public debt\"{where}\n"
-          f"    tensorboard --logdir {config.tensorboard_dir}")
+    tell(f"\ntrained {result.model.num_parameters():,} parameters for {last['step']:,} steps; "
+         f"held-out loss {last['validation_loss']:.3f}, {last['bits_per_byte']:.3f} bits per byte\n"
+         f"saved {result.checkpoint}\n\nnext:\n"
+         f"    optimus generate \"The public debt\"{where}\n"
+         f"    tensorboard --logdir {config.tensorboard_dir}")
     return 0
 
 

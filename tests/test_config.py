@@ -46,7 +46,7 @@ BAD_TRAINING = {
     **dict.fromkeys(("dataset_name", "checkpoint_dir", "tensorboard_dir"), NOT_TEXT),
     "train_val_split": [0, 1, -0.1, math.nan, "a", True, None],
     "seed": [-1, 2**32, 1.5, True, "a", None],
-    "optimizer": ["sgd", "", None],
+    "optimizer": ["sgd", "", None], "parallel": ["zero", "", None],
     "amp": ["on", True, None],
     "compile": NOT_TRUTH,
     "tokenizer": ["", 3, True],

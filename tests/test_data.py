@@ -294,6 +294,53 @@ d.prepare(datasets.Dataset.from_dict({"text": ["a b c"] * 9}), d.train_tokenizer
     assert [f for f in tokens.iterdir() if f.is_dir()] == [Path(p.folder)]
 
 
+def rows_of(p): return [np.array(p.tokens(split)).tolist() for split in ("train", "validation")]
+
+
+def test_shards_of_any_size_make_the_same_row(corpus, tokenizer, tmp_path, monkeypatch):
+    whole, said = prepare(corpus, tokenizer), []
+    monkeypatch.setenv("OPTIMUS_CACHE", str(tmp_path / "other"))
+    parts = prepare(corpus, tokenizer, say=said.append, shard_documents=4)
+    assert rows_of(parts) == rows_of(whole) and parts.fingerprint == whole.fingerprint
+    left = sorted(f.name for f in Path(parts.folder).iterdir())
+    assert left == ["done.json", "train.bin", "validation.bin"]
+    assert len(said) == 6 + 1 and all("MB/s" in line for line in said)  # 21 documents and 2, by four
+
+
+def test_a_killed_preparation_goes_on_at_its_first_unfinished_shard(corpus, tokenizer, monkeypatch, tmp_path):
+    write, calls = data.write_tokens, []
+
+    def dies_in_the_third(*a):
+        calls.append(a[0].name)
+        counts = write(*a)
+        if len(calls) == 3: raise KeyboardInterrupt
+        return counts
+    monkeypatch.setattr(data, "write_tokens", dies_in_the_third)
+    with pytest.raises(KeyboardInterrupt): prepare(corpus, tokenizer, shard_documents=4)
+    p = prepare(corpus, tokenizer, shard_documents=4)
+    assert calls[2] == calls[3] and len(calls) == 3 + 5  # the third again, three more, and the held-out one
+    monkeypatch.setattr(data, "write_tokens", write)
+    monkeypatch.setenv("OPTIMUS_CACHE", str(tmp_path / "other"))
+    assert rows_of(p) == rows_of(prepare(corpus, tokenizer))
+
+
+def test_the_texts_are_never_in_memory_together(tokenizer):
+    class Column:
+        longest = 0
+        def __len__(self): return 2500
+
+        def __getitem__(self, i):
+            if not isinstance(i, slice): return f"cat {i}"
+            numbers = range(*i.indices(2500))
+            self.longest = max(self.longest, len(numbers))
+            return [f"cat {k}" for k in numbers]
+    column = Column()
+    lazy, whole = prepare({"text": column}, tokenizer), prepare({"text": column[:]}, tokenizer)
+    column.longest = 0
+    assert prepare({"text": column}, tokenizer) == lazy == whole
+    assert 0 < column.longest <= 1000
+
+
 # Order
 
 def take(iterator): return [torch.stack([x, y]) for x, y in iterator]

@@ -1,0 +1,293 @@
+"""What must stay true of optimus.distributed: ranks change nothing but the speed. Derived in notebook 14.
+
+Two real ranks under torchrun with gloo train the tiny model of fork_server.py. Starting them is slow, so one
+start serves the runs of a whole plan; each test looks at the runs it is for.
+"""
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rank_worker import run as run_job
+
+from optimus import ModelConfig, TrainingConfig, train
+from optimus.checkpoint import load_checkpoint, problem, step_folders
+from optimus.distributed import join, starts_before
+
+ROOT = Path(__file__).resolve().parent.parent
+DDP, FSDP, DROPOUT = dict(parallel="ddp"), dict(parallel="fsdp"), dict(dropout=0.2)
+BOTH = pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+
+
+def torchrun(*words, cache, seconds=170, options=()):
+    """Run two ranks to their end; a hang is an error."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment |= {"OPTIMUS_CACHE": str(cache), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
+    return subprocess.run([*command, *map(str, words)], cwd=ROOT, env=environment, capture_output=True,
+                          text=True, timeout=seconds)
+
+
+def start(folder, plan, **how):
+    """What each rank saw: [{name: result}, {name: result}]."""
+    (folder / "plan.json").write_text(json.dumps(plan))
+    done = torchrun("tests/rank_worker.py", folder, folder / "plan.json", cache=folder / "cache", **how)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def jobs(kind):
+    """The plan for one kind of ranks."""
+    settings = dict(parallel=kind)
+    parts = settings | dict(micro_batch_size=1)
+    plan = [dict(name="plain"), dict(name="recomputed", model=dict(checkpointing=True, tie_embeddings=False)),
+            dict(name="muon", settings=settings | dict(optimizer="muon")),
+            dict(name="uneven", fault="uneven", settings=parts),
+            dict(name="same data", fault="same data"),
+            dict(name="memory", fault="memory"),
+            dict(name="nan", fault="nan"), dict(name="float16", fault="float16, inf"),
+            dict(name="refused", fault="refused"),
+            dict(name="odd", settings=settings | dict(batch_size=5)),
+            dict(name="signal", signal=6),
+            dict(name="parts", count=True, settings=parts),
+            dict(name="always", count=True, fault="always exchanged", settings=parts),
+            dict(name="dropout", model=DROPOUT),
+            dict(name="dropout to 9", run="dropout-parts", model=DROPOUT, stop=9),
+            dict(name="dropout to 20", run="dropout-parts", model=DROPOUT, resume=True),
+            dict(name="from 1 rank", run="from-one", resume=True),
+            dict(name="to 1 rank", stop=9)]
+    if kind == "ddp":
+        plan.append(dict(name="locally", fault="uneven, counted locally", settings=parts))
+    else:
+        plan += [dict(name="memory in a block", fault="memory in a block"),
+                 dict(name="forgotten", stop=9, fault="only shards")]
+    return [dict(settings=settings) | job for job in plan]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """Runs on one process, by name: the curves that two ranks must show."""
+    folder, seen = tmp_path_factory.mktemp("single"), {}
+
+    def go(name="plain", **job):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OPTIMUS_CACHE", str(folder / "cache"))
+            if name not in seen: seen[name] = run_job(folder, dict(name=name, **job))
+        return seen[name]
+    return go
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """ranks(kind) -> (folder, [rank 0's results, rank 1's results]); started at the first question."""
+    seen = {}
+
+    def go(kind):
+        if kind not in seen:
+            folder = tmp_path_factory.mktemp(kind)
+            run_job(folder, dict(name="from 1 rank", run="from-one", stop=9))
+            seen[kind] = None  # a start that fails is not tried again for every test
+            seen[kind] = folder, start(folder, jobs(kind))
+        assert seen[kind], "the ranks did not come to their end"
+        return seen[kind]
+    return go
+
+
+def apart(a, b): return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+# Two ranks with half a batch each are one rank with the batch
+
+@pytest.mark.slow
+@BOTH
+@pytest.mark.parametrize("name, job", [
+    ("plain", {}), ("recomputed", dict(model=dict(checkpointing=True, tie_embeddings=False))),
+    ("muon", dict(settings=dict(optimizer="muon"))), ("uneven", dict(fault="uneven"))])
+def test_two_ranks_show_the_curve_of_one(ranks, single, kind, name, job):
+    _, (first, second) = ranks(kind)
+    one = single(name, **job)
+    assert len(one["losses"]) == 20 and one["losses"][-1] < one["losses"][0] - 0.5
+    for result in (first[name], second[name]):
+        assert apart(result["losses"], one["losses"]) < 1e-5
+        assert apart(result["validation"], one["validation"]) < 1e-5
+        assert apart(result["weights"], one["weights"]) < 1e-3
+    assert first[name]["weights"] == second[name]["weights"]
+
+
+@pytest.mark.slow
+@BOTH
+def test_the_equality_fails_when_ranks_read_the_same_data(ranks, single, kind):
+    assert apart(ranks(kind)[1][0]["same data"]["losses"], single()["losses"]) > 1e-2
+
+
+@pytest.mark.slow
+def test_the_equality_fails_when_each_rank_counts_its_own_targets(ranks, single):
+    one = single("uneven", fault="uneven")
+    assert apart(ranks("ddp")[1][0]["locally"]["losses"], one["losses"]) > 1e-2
+
+
+@pytest.mark.slow
+@BOTH
+def test_gradients_are_exchanged_once_a_step(ranks, single, kind):
+    result = ranks(kind)[1][0]
+    groups = 1 if kind == "ddp" else 3  # the tiny model is one bucket; FSDP has two blocks and the rest
+    assert result["parts"]["exchanges"] == 20 * groups
+    assert result["always"]["exchanges"] == 40 * groups
+    assert apart(result["parts"]["losses"], single()["losses"]) < 1e-5
+
+
+# One checkpoint format
+
+@pytest.mark.slow
+@BOTH
+def test_resumed_on_the_same_ranks_it_is_exact_with_dropout(ranks, single, kind):
+    _, (first, _) = ranks(kind)
+    for item in ("losses", "weights"): assert first["dropout to 20"][item] == first["dropout"][item]
+    assert len(first["dropout to 9"]["losses"]) == 9
+    assert apart(first["dropout"]["losses"], single()["losses"]) > 1e-2  # dropout was on
+
+
+@pytest.mark.slow
+@BOTH
+def test_saved_on_one_rank_and_resumed_on_two(ranks, single, kind):
+    assert apart(ranks(kind)[1][0]["from 1 rank"]["losses"], single()["losses"]) < 1e-5
+
+
+@pytest.mark.slow
+@BOTH
+def test_saved_on_two_ranks_and_resumed_on_one(ranks, single, kind):
+    folder, (first, _) = ranks(kind)
+    assert len(first["to 1 rank"]["losses"]) == 9
+    resumed = run_job(folder, dict(name="to 1 rank", resume=True))
+    assert apart(resumed["losses"], single()["losses"]) < 1e-5
+
+
+@pytest.mark.slow
+def test_the_equality_fails_when_the_optimizer_is_not_gathered(ranks, single):
+    resumed = run_job(ranks("fsdp")[0], dict(name="forgotten", resume=True))
+    assert apart(resumed["losses"], single()["losses"]) > 1e-3
+
+
+@pytest.mark.slow
+@BOTH
+def test_the_folder_is_that_of_one_process(ranks, single, kind):
+    one, two = Path(single()["checkpoint"]), Path(ranks(kind)[1][0]["plain"]["checkpoint"])
+    assert problem(two) is None
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
+    a, b = load_checkpoint(one).train_state, load_checkpoint(two).train_state
+    assert a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()
+    for i, entry in a["optimizer"]["state"].items():
+        for name, x in entry.items():
+            torch.testing.assert_close(b["optimizer"]["state"][i][name], x, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.slow
+@BOTH
+def test_rank_0_alone_writes_the_log(ranks, kind):
+    folder, _ = ranks(kind)
+    rows = [json.loads(line) for line in open(folder / "checkpoints" / "plain" / "history.jsonl")]
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    assert len(list((folder / "runs" / "plain").glob("events*"))) == 1
+
+
+# Faults on one rank
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, name", [("ddp", "memory"), ("fsdp", "memory"), ("fsdp", "memory in a block")])
+def test_out_of_memory_on_one_rank_halves_the_parts_of_all(ranks, single, kind, name):
+    _, both = ranks(kind)
+    for result in both:
+        assert result[name]["state"]["micro_batch_size"] == 1
+        assert apart(result[name]["losses"], single()["losses"]) < 1e-5
+
+
+@pytest.mark.slow
+@BOTH
+@pytest.mark.parametrize("name", ["nan", "float16"])
+def test_a_loss_that_is_not_finite_on_one_rank_is_a_step_skipped_by_all(ranks, kind, name):
+    _, (first, second) = ranks(kind)
+    assert not math.isfinite(first[name]["losses"][3]) and not math.isfinite(second[name]["norms"][3])
+    assert all(map(math.isfinite, first[name]["losses"][:3] + first[name]["losses"][4:]))
+    assert first[name]["state"]["updates"] == 19
+    assert first[name]["weights"] == second[name]["weights"]
+    assert first[name]["scales"] == second[name]["scales"]
+    if name == "float16": assert first[name]["scales"][4] == first[name]["scales"][3] / 2
+
+
+@pytest.mark.slow
+@BOTH
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(ranks, kind):
+    for result in ranks(kind)[1]:
+        assert (len(result["signal"]["losses"]), result["signal"]["stopped_by"]) == (6, 15)
+
+
+@pytest.mark.slow
+@BOTH
+def test_an_error_on_rank_0_is_everyones_and_settings_are_refused_in_one_sentence(ranks, kind):
+    for result in ranks(kind)[1]:
+        assert result["refused"]["error"] == "CheckpointError: could not write: pretended"
+        assert result["odd"]["error"] == "ValueError: batch_size is 5; it must be a multiple of 2 ranks"
+
+
+@pytest.mark.slow
+def test_a_killed_rank_and_memory_lost_in_backward_start_all_again(tmp_path, single):
+    """torchrun starts every rank again; the run goes on from its newest checkpoint."""
+    plan = [dict(name="killed", kill=12, settings=DDP),
+            dict(name="memory", fault="memory in backward", settings=DDP)]
+    both = start(tmp_path, plan, options=["--max-restarts", "3"])
+    for result in both:
+        for name in ("killed", "memory"): assert apart(result[name]["losses"], single()["losses"]) < 1e-5
+        assert result["memory"]["state"]["micro_batch_size"] == 1
+    saved = tmp_path / "checkpoints" / "killed"
+    assert [p.name[-2:] for p in step_folders(saved)][-1] == "20"
+
+
+# The command line
+
+@pytest.mark.slow
+def test_the_command_trains_on_two_ranks(tmp_path):
+    text = tmp_path / "text.txt"
+    documents = [f"Document {i} counts from {i} to {i * i}. " * 9 for i in range(40)]
+    text.write_text("\n<|endoftext|>\n".join(documents))
+    words = ["-m", "optimus.cli", "train", "--preset", "tiny", "--corpus", text, "--model.vocab-size", "300",
+             "--training.parallel", "fsdp", "--training.max-steps", "4", "--training.max-length", "32",
+             "--training.checkpoint-dir", tmp_path / "c", "--training.tensorboard-dir", tmp_path / "r"]
+    done = torchrun(*words, cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("on 2 ranks (fsdp) of cpu") == done.stdout.count("trained ") == 1
+    assert done.stdout.count("sample: ") == 1
+    assert problem(tmp_path / "c" / "run-001" / "step-00000004") is None
+
+
+def test_torchrun_without_parallel_and_parallel_without_torchrun_are_refused(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ValueError, match="'ddp'.*needs torchrun: torchrun --nproc-per-node=N"): join("ddp")
+    assert join("none").ranks == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="started 2 processes.*--training.parallel ddp"): join("none")
+
+
+def test_train_without_its_ranks_is_refused(tmp_path):
+    config = TrainingConfig(parallel="ddp", checkpoint_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="parallel is 'ddp'.*spread"): train(ModelConfig(), config)
+    with pytest.raises(ValueError, match=re.escape("parallel must be one of 'none', 'ddp', 'fsdp'")):
+        TrainingConfig(parallel="zero")
+
+
+def test_a_second_start_by_torchrun_is_noticed(monkeypatch):
+    assert not starts_before()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert starts_before() == 1
