@@ -1,0 +1,170 @@
+"""The judge passes right answers and no wrong one. Derived in notebooks/00_start_here.ipynb.
+
+An exercise is finished when its reference passes on every seed and each of its mutants fails.
+"""
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from optimus import exercises
+from optimus.exercises import EXERCISES, TODO, check, difference, hint, judge, progress, todo
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+MUTANTS = [(name, mutant) for name, task in EXERCISES.items() for mutant in task.mutants]
+
+
+@pytest.fixture(autouse=True)
+def own_progress(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPTIMUS_PROGRESS", str(tmp_path / "deep" / "progress.json"))
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_the_reference_passes_twenty_seeds(name):
+    task = EXERCISES[name]
+    assert [judge(task, task.reference, seed) for seed in range(20)] == [None] * 20
+
+
+@pytest.mark.parametrize("name, mutant", MUTANTS)
+def test_no_mutant_survives(name, mutant):
+    for seed in range(5):
+        verdict = judge(EXERCISES[name], EXERCISES[name].mutants[mutant], seed)
+        assert isinstance(verdict, str) and len(verdict) > 10, f"{mutant} survives seed {seed}"
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_a_stub_neither_passes_nor_raises(name, capsys):
+    assert check(name, lambda *arguments: todo()) is False
+    assert "not yet yours" in capsys.readouterr().out
+    assert check(name, lambda *arguments: None) is False
+    if name != "write_safely": assert "not yet yours" in capsys.readouterr().out  # its answer returns nothing
+    assert exercises.passed() == set()
+
+
+def test_there_are_enough_of_them(capsys):
+    notebooks = [path.stem for path in NOTEBOOKS]
+    for notebook in notebooks:
+        assert sum(task.notebook == notebook for task in EXERCISES.values()) >= 3, notebook
+    for name, task in EXERCISES.items():
+        assert len(task.mutants) >= 5 and task.hints and task.statement and task.notebook in notebooks, name
+    with capsys.disabled(): print(f"\n{len(EXERCISES)} exercises, {len(MUTANTS)} mutants, 0 survive", end=" ")
+
+
+def cells(path): return json.loads(path.read_text(encoding="utf-8"))["cells"]
+def source(cell): return "".join(cell["source"])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_every_exercise_stands_in_its_notebook_as_a_stub_with_an_answer_that_passes(path):
+    text = [source(c) for c in cells(path)]
+    stubs = {m[1] for s in text for m in re.finditer(r"^check\(\"(\w+)\", \1\)$", s, re.M)}
+    assert stubs == {name for name, task in EXERCISES.items() if task.notebook == path.stem}
+    for s in text:
+        if m := re.search(r"^check\(\"(\w+)\", \1\)$", s, re.M): assert f"def {m[1]}(" in s and "todo()" in s
+    prose = "\n".join(s for s, c in zip(text, cells(path)) if c["cell_type"] == "markdown")
+    answers = "\n".join(re.findall(r"<details><summary>Answer</summary>(.*?)</details>", prose, re.S))
+    for name in stubs:
+        [code] = [block for block in re.findall(r"```python\n(.*?)```", answers,
+            re.S) if f"def {name}(" in block]
+        scope = answer_scope()
+        exec(code, scope)  # noqa: S102  our own text
+        assert judge(EXERCISES[name], scope[name], 0) is None, name
+
+
+def answer_scope():
+    """What the answers may use: names of the package and those that their notebooks define."""
+    import math
+
+    import torch.nn.functional as F
+
+    import optimus.rope
+    from optimus.panel import next_token
+
+    def merge(symbols, pair): return exercises.joined(symbols, pair)
+    def entropy_bits(p): return float(-torch.special.xlogy(p, p).sum() / math.log(2))
+    return dict(torch=torch, math=math, F=F, merge=merge, entropy_bits=entropy_bits, next_token=next_token,
+                apply_rope=optimus.rope.apply_rope, rope_angles=optimus.rope.rope_angles,
+                permute_rope=optimus.rope.permute_rope)
+
+
+def test_a_right_answer_is_remembered_and_shown(capsys):
+    assert check("greedy", lambda logits: logits.argmax(-1))
+    assert capsys.readouterr().out == "greedy: correct\n"
+    assert exercises.passed() == {"greedy"}
+    progress()
+    shown = capsys.readouterr().out
+    assert "[x] greedy" in shown and "[ ] entropy" in shown and f"1 of {len(EXERCISES)} passed" in shown
+
+
+def test_a_damaged_or_unwritable_progress_file_stops_nobody(tmp_path, monkeypatch, capsys):
+    exercises.progress_file().parent.mkdir(parents=True)
+    for damaged in ("not json", '{"a": 1}', '["no such exercise"]', "[1, [2]]"):
+        exercises.progress_file().write_text(damaged)
+        assert exercises.passed() == set()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("OPTIMUS_PROGRESS", str(tmp_path / "file" / "progress.json"))
+    assert check("greedy", lambda logits: logits.argmax(-1)) is True
+
+
+def test_a_verdict_names_the_smallest_example_and_the_property(capsys):
+    assert not check("rope_complex", lambda x, pos: x + 1, seed=0)
+    assert re.search(r"position 0 must leave x unchanged; yours moved an entry by 1", capsys.readouterr().out,
+        re.I)
+    assert not check("greedy", lambda logits: logits.argmax(0), seed=0)
+    assert "shape must be (1,), yours is (5,)" in capsys.readouterr().out
+
+
+def test_an_answer_that_raises_is_told_on_what(capsys):
+    def broken(logits): raise KeyError("no such key")
+    assert check("greedy", broken) is False
+    assert "it raised KeyError" in capsys.readouterr().out.replace("It", "it")
+
+
+def test_an_answer_that_changes_its_input_is_caught():
+    verdict = judge(EXERCISES["layer_norm"], lambda x: x.copy_(EXERCISES["layer_norm"].reference(x)), 0)
+    assert "changed its own input" in verdict
+
+
+def test_an_interrupt_goes_through():
+    def interrupted(logits): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): check("greedy", interrupted)
+
+
+def test_an_unknown_name_is_refused_with_close_ones():
+    with pytest.raises(ValueError, match="'entropi'.*entropy"): check("entropi", None)
+    with pytest.raises(ValueError, match="no exercise"): hint("zzz")
+
+
+def test_hints_are_numbered(capsys):
+    hint("softmax")
+    hint("softmax", 99)
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("hint 1 of 2") and last.startswith("hint 2 of 2") and first != last
+
+
+def test_judging_leaves_the_random_state_alone():
+    state = torch.get_rng_state()
+    judge(EXERCISES["fold_gain"], EXERCISES["fold_gain"].reference)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("got, wanted, words", [
+    (torch.zeros(2), torch.zeros(3), r"shape must be \(3,\)"), (1.0, torch.zeros(1), "return a tensor"),
+    (torch.tensor([0.0, float("nan")]), torch.zeros(2), r"at \[1\]"), (torch.zeros(2, dtype=torch.bool),
+        torch.zeros(2), "dtype"),
+    (torch.zeros(2), torch.zeros(2).bool(), "dtype"), ([1], [1, 2], "2 values"), ((1, 2.5), (1, 2.0),
+        "value 1"),
+    (True, 1, "must return 1"), (1.5, 2, "must return 2"), ("a", "b", "'b'"), (float("nan"), 1.0, "nan"),
+    (TODO, 1.0, "todo"), (torch.tensor(float("inf")), torch.tensor(0.0), "the only entry")])
+def test_a_difference_is_found_and_said(got, wanted, words):
+    assert re.search(words, difference(got, wanted))
+
+
+@pytest.mark.parametrize("got, wanted", [
+    (torch.tensor([1.0]), torch.tensor([1.0 + 1e-6])), (torch.tensor(2.0), 2.0), (2, 2.0), ([1, 2], (1, 2)),
+    (torch.tensor(float("-inf")), torch.tensor(float("-inf"))), (torch.tensor(3), 3), ((), ()), (float("nan"),
+        float("nan"))])
+def test_equal_is_equal(got, wanted):
+    assert difference(got, wanted) is None
