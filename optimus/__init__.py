@@ -9,6 +9,7 @@ Modules:
 - `optimus.config`: Write every size down once, refuse what cannot work, and predict cost before anything is built.
 - `optimus.data`: Turn documents into one long row of token ids on disk, and make the batch at a step a pure function of (seed, step).
 - `optimus.distributed`: Give every rank a share of the batch, let the ranks add up what they must share, and nothing but the speed changes.
+- `optimus.exercises`: Run a model, see the map, and learn how your own answers are judged.
 - `optimus.generation`: Turn a row of logits into one next token, again and again, and show the text as it grows.
 - `optimus.interop`: Rename every weight, reorder the rows that RoPE turns, and the same numbers run in another program.
 - `optimus.mla`: Cache one small vector per token instead of every head's key and value.
