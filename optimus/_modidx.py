@@ -247,6 +247,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'optimus.panel.legend_html': ('generation_panel.html#legend_html', 'optimus/panel.py'),
                                'optimus.panel.likeliest': ('generation_panel.html#likeliest', 'optimus/panel.py'),
                                'optimus.panel.next_token': ('generation_panel.html#next_token', 'optimus/panel.py'),
+                               'optimus.panel.one_thread': ('generation_panel.html#one_thread', 'optimus/panel.py'),
                                'optimus.panel.open_choice': ('generation_panel.html#open_choice', 'optimus/panel.py'),
                                'optimus.panel.page_html': ('generation_panel.html#page_html', 'optimus/panel.py'),
                                'optimus.panel.percent': ('generation_panel.html#percent', 'optimus/panel.py'),
