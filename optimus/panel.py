@@ -61,8 +61,8 @@ class NextToken:
 
 # %% ../notebooks/16_generation_panel.ipynb #d2bee1b9
 def likeliest(logits: Tensor, n: int = 20) -> list[int]:
-    """The ids of the n largest of (V,) logits, largest first."""
-    return logits.topk(min(n, len(logits))).indices.tolist()
+    """The ids of the n largest of (V,) logits, largest first; equals in the order in which top-p cuts them."""
+    return logits.sort().indices[-n:].flip(0).tolist()
 
 @contextmanager
 def one_thread():
@@ -227,8 +227,9 @@ class WholeNumber(widgets.IntText):
     """An IntText in which None is 0."""
     value = traitlets.CInt(0, allow_none=True).tag(sync=True)
 
-    @traitlets.validate("value")
-    def none_is_zero(self, proposal): return proposal.value or 0
+    @traitlets.observe("value")
+    def none_is_zero(self, change):
+        if change["new"] is None: self.value = 0
 
 def slider(name: str, value: float, low: float, high: float, step: float) -> widgets.FloatSlider:
     box = widgets.FloatSlider(value, min=low, max=high, step=step, description=name, style=EVEN,
