@@ -61,7 +61,7 @@ class NextToken:
 
 # %% ../notebooks/16_generation_panel.ipynb #d2bee1b9
 def likeliest(logits: Tensor, n: int = 20) -> list[int]:
-    """The ids of the n largest of (V,) logits, largest first; equals in the order in which top-p cuts them."""
+    """The ids of the n largest of (V,) logits, largest first; of equals, what top-p cuts comes last."""
     return logits.sort().indices[-n:].flip(0).tolist()
 
 @contextmanager
@@ -101,7 +101,7 @@ def summary(view: NextToken) -> str:
     """Entropy, survivors and what they hold, as one sentence."""
     before, now = view.bits
     return (f"Entropy {before:.2f} bits, with these settings {now:.2f}: as torn as {2**now:.1f} equal "
-            f"choices. {view.survivors:,} of {view.vocabulary:,} tokens survive; they hold {percent(view.kept)}.")
+            f"choices. {view.survivors:,} of {view.vocabulary:,} tokens survive and hold {percent(view.kept)}.")
 
 def bars_html(view: NextToken) -> str:
     """A row for each token: outlined bar before the temperature, filled bar after; shaded if it survives."""
@@ -129,7 +129,8 @@ class Piece:
     probability: float = 1.0  # of these tokens one after the other, by the model itself
     others: list[tuple[int, float]] = field(default_factory=list)  # the likeliest where the first one stood
 
-SHADES = ((0.5, "50 % or more"), (0.2, "20 to 50 %"), (0.05, "5 to 20 %"), (0.01, "1 to 5 %"), (0, "below 1 %"))
+SHADES = ((0.5, "50 % or more"), (0.2, "20 to 50 %"), (0.05, "5 to 20 %"), (0.01, "1 to 5 %"),
+          (0, "below 1 %"))
 
 def shade(probability: float) -> int:
     """0 for a token the model expected (50 % or more) to 4 for one that it did not (below 1 %)."""
@@ -274,7 +275,7 @@ class NextTokenView(widgets.VBox):
         """Redraw. The buttons are touched only when the tokens have changed, not when a slider has."""
         self.head.value = (f"<b>{html.escape(title)}</b><div>{summary(view)}</div>"
                            '<div class="optimus-columns"><span>token</span><span><i></i> model '
-                           "<b></b> at this temperature</span><span>model</span><span>drawn</span></div>")
+                           "<b></b> tempered</span><span>model</span><span>drawn</span></div>")
         self.bars.value = bars_html(view)
         if view.ids == self.ids: return
         self.ids = view.ids
@@ -288,7 +289,7 @@ class NextTokenView(widgets.VBox):
 GIVEN = "the model given"
 
 def find_choices(folders: Iterable[str | Path]) -> dict[str, tuple[str, Path | None]]:
-    """Label -> ("given" | "shipped" | "run", folder): the model given, shipped models, and runs, newest first."""
+    """Label -> ("given", "shipped" or "run", folder): the model given, shipped ones, runs from the newest on."""
     choices = {GIVEN: ("given", None)}
     choices |= {f"shipped: {name}": ("shipped", path) for name, path in shipped_models().items()}
     runs = {p.resolve() for folder in folders for p in Path(folder).glob("*") if step_folders(p)}
@@ -351,8 +352,8 @@ STYLE = """<style>
   background: var(--paper); }
 .optimus-scroll { display: flex; flex-direction: column-reverse; height: 19em;
   overflow-y: auto; padding: 8px 10px; margin-bottom: 4.6em; }
-.optimus-scroll > div { margin-bottom: auto; white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.65;
-  font-size: 14px; color: var(--ink); }
+.optimus-scroll > div { margin-bottom: auto; white-space: pre-wrap; overflow-wrap: anywhere;
+  line-height: 1.65; font-size: 14px; color: var(--ink); }
 .optimus-prompt { font-weight: 700; }
 .optimus-panel .k0 { background: transparent; }
 .optimus-panel .k1 { background: rgba(var(--tint), .16); }
@@ -398,7 +399,8 @@ STYLE = """<style>
 .optimus-tail { font-size: 12px; color: var(--dim); text-align: right; height: 20px; padding-right: 4px; }
 .optimus-panel .optimus-picks { display: block; z-index: 1; }
 .optimus-panel .optimus-pick { display: block; width: 100%; height: 22px; line-height: 20px; margin: 0;
-  padding: 0 0 2px 4px; background: transparent; color: var(--ink); text-align: left; font-size: 12px; border: 0; box-shadow: none;
+  padding: 0 0 2px 4px; background: transparent; color: var(--ink); text-align: left; font-size: 12px; border: 0;
+  box-shadow: none;
   font-family: var(--jp-code-font-family, monospace); white-space: pre; overflow: hidden; }
 .optimus-panel .optimus-pick:hover { background: rgba(128, 128, 128, .2); box-shadow: none;
   color: var(--ink); }
@@ -589,7 +591,7 @@ class Running(Writing):
         self.worker.submit("begin", self.prepare)
 
     def join(self, timeout: float | None = None) -> bool:
-        """Wait until all work is done, at most `timeout` seconds; True if it is. Interrupted, stop the run."""
+        """Wait until all work is done, at most `timeout` seconds; True if it is. An interrupt stops a run."""
         try: return self.worker.join(timeout)
         except KeyboardInterrupt:
             self.stop()
