@@ -101,7 +101,8 @@ def summary(view: NextToken) -> str:
     """Entropy, survivors and what they hold, as one sentence."""
     before, now = view.bits
     return (f"Entropy {before:.2f} bits, with these settings {now:.2f}: as torn as {2**now:.1f} equal "
-            f"choices. {view.survivors:,} of {view.vocabulary:,} tokens survive and hold {percent(view.kept)}.")
+            f"choices. {view.survivors:,} of {view.vocabulary:,} tokens survive; they hold "
+            f"{percent(view.kept)}.")
 
 def bars_html(view: NextToken) -> str:
     """A row for each token: outlined bar before the temperature, filled bar after; shaded if it survives."""
@@ -289,7 +290,7 @@ class NextTokenView(widgets.VBox):
 GIVEN = "the model given"
 
 def find_choices(folders: Iterable[str | Path]) -> dict[str, tuple[str, Path | None]]:
-    """Label -> ("given", "shipped" or "run", folder): the model given, shipped ones, runs from the newest on."""
+    """Label -> ("given", "shipped" or "run", folder): the model given, shipped ones, runs from the newest."""
     choices = {GIVEN: ("given", None)}
     choices |= {f"shipped: {name}": ("shipped", path) for name, path in shipped_models().items()}
     runs = {p.resolve() for folder in folders for p in Path(folder).glob("*") if step_folders(p)}
@@ -399,7 +400,8 @@ STYLE = """<style>
 .optimus-tail { font-size: 12px; color: var(--dim); text-align: right; height: 20px; padding-right: 4px; }
 .optimus-panel .optimus-picks { display: block; z-index: 1; }
 .optimus-panel .optimus-pick { display: block; width: 100%; height: 22px; line-height: 20px; margin: 0;
-  padding: 0 0 2px 4px; background: transparent; color: var(--ink); text-align: left; font-size: 12px; border: 0;
+  padding: 0 0 2px 4px; background: transparent; color: var(--ink); text-align: left; font-size: 12px;
+  border: 0;
   box-shadow: none;
   font-family: var(--jp-code-font-family, monospace); white-space: pre; overflow: hidden; }
 .optimus-panel .optimus-pick:hover { background: rgba(128, 128, 128, .2); box-shadow: none;

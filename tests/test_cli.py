@@ -67,16 +67,18 @@ def test_generation_streams_from_the_newest_checkpoint(workplace):
 
 
 def test_without_a_prompt_it_takes_prompts_and_settings(workplace):
-    typed = ["/temperature 0", "/tokens 5", "the of", "/top-p 7", "/top-k 0", "the of", "/top-p off", "/nothing",
-             "/seed x", "/temperature", "/tokens off", "/temperature nan", "the of", "/settings", "/help", "/quit"]
+    typed = ["/temperature 0", "/tokens 5", "the of", "/top-p 7", "/top-k 0", "the of", "/top-p off",
+             "/nothing", "/seed x", "/temperature", "/tokens off", "/temperature nan", "the of", "/settings",
+             "/help", "/quit"]
     result = workplace("generate", typed="\n".join(typed))
     assert result.returncode == 0, result.stderr
     shown = result.stdout.replace("> ", "").splitlines()
     lines = [line for line in shown if line.startswith("the of")]
     assert len(lines) == 3 and lines[0] == lines[1] == lines[2]  # greedy; refused settings changed nothing
-    for words in ("top_p must be", "top_k must be", "temperature must be", "no command /nothing", "Ctrl-C stops",
-                  "/seed takes a number or off, got 'x'", "/temperature takes a number, got ''",
-                  "/tokens takes a number, got 'off'"): assert words in result.stdout
+    for words in ("top_p must be", "top_k must be", "temperature must be", "no command /nothing",
+                  "Ctrl-C stops", "/seed takes a number or off, got 'x'",
+                  "/temperature takes a number, got ''", "/tokens takes a number, got 'off'"):
+        assert words in result.stdout
     last = next(line for line in reversed(shown) if "max_new_tokens=" in line)
     assert "temperature=0.0" in last and "top_p=off" in last and "max_new_tokens=5" in last
     assert "Traceback" not in result.stderr
