@@ -381,6 +381,8 @@ STYLE = """<style>
 .optimus-bar, .optimus-columns { display: grid; grid-template-columns: 9.4em minmax(0, 1fr) 4.6em 4.6em;
   align-items: center; font-size: 12px; }
 .optimus-head .widget-html-content > .optimus-columns { min-height: 0; white-space: nowrap; }
+@container (max-width: 420px) {
+  .optimus-columns { grid-template-columns: 3.4em minmax(0, 1fr) 4.6em 4.6em; } }
 .optimus-columns > :nth-child(n+3), .optimus-bar > :nth-child(n+3) { text-align: right; padding-right: 4px; }
 .optimus-columns i, .optimus-columns b { display: inline-block; width: 12px; height: 9px;
   box-sizing: border-box; }
