@@ -272,6 +272,7 @@ def test_end_of_text_ends_the_run_and_is_not_shown(panel, tokenizer, script):
 def test_settings_moved_during_a_run_hold_from_the_next_token_on(panel, tokenizer):
     logits = torch.zeros(300)
     logits[tokenizer.encode("a")[0]] = 9.0
+    logits[tokenizer.eos_token_id] = -1e9
     with_model(panel, Scripted(logits=logits, seconds=0.005))
     panel.prompt.value, panel.max_new_tokens.value = "x", 400
     panel.temperature.value, panel.top_p.value = 2.0, 1.0
@@ -377,7 +378,8 @@ from test_panel import TEXT, Scripted, train_tokenizer
 from optimus.panel import GenerationPanel
 tokenizer = train_tokenizer([TEXT], 300)
 def run():
-    panel = GenerationPanel(Scripted(logits=torch.zeros(300), seconds=0.005), tokenizer, "x")
+    logits = torch.zeros(300).index_fill(0, torch.tensor([tokenizer.eos_token_id]), -1e9)  # it never ends
+    panel = GenerationPanel(Scripted(logits=logits, seconds=0.005), tokenizer, "x")
     panel.max_new_tokens.value = 100_000
     panel.generate_button.click()
     return panel
@@ -395,7 +397,9 @@ panel = run()"""
         client.execute("panel = run()", reply=True, timeout=60)  # the cell again
         time.sleep(0.3)
         assert value("alive()") == "1"
-        manager.interrupt_kernel()
+        time.sleep(0.5)
+        manager.interrupt_kernel()  # the kernel is idle, and stays so until the signal has come
+        time.sleep(0.5)
         until(lambda: value("alive()") == "0")
         client.execute(f"panel = run(); pathlib.Path({str(busy)!r}).touch(); time.sleep(600)")
         until(busy.exists)
