@@ -13,6 +13,7 @@ Modules:
 - `optimus.generation`: Turn a row of logits into one next token, again and again, and show the text as it grows.
 - `optimus.interop`: Rename every weight, reorder the rows that RoPE turns, and the same numbers run in another program.
 - `optimus.mla`: Cache one small vector per token instead of every head's key and value.
+- `optimus.panel`: Put a hand on every setting of a model, and see at once what each does to the next token and to the text.
 - `optimus.rope`: Turn each query and key by an angle proportional to its position: their dot product then sees only the distance.
 - `optimus.training`: Take one step well, then arrange everything so that the ten-thousandth is as safe as the first.
 - `optimus.transformer`: Every layer reads a stream of vectors and adds a small correction; the last sum predicts the next token."""

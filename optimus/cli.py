@@ -17,8 +17,9 @@ import optimus
 from optimus import ModelConfig, TrainingConfig
 from optimus.checkpoint import CheckpointError, latest_checkpoint
 from optimus.config import PRESETS
-from optimus.data import shipped_models
+from optimus.data import cache_folder, shipped_models
 from optimus.distributed import join, starts_before
+from optimus.generation import check_settings
 from optimus.training import best_device
 
 CHECKPOINTS = TrainingConfig.checkpoint_dir
@@ -226,26 +227,61 @@ def write(model, tokenizer, prompt: str, settings: dict):
 
 COMMANDS = {"/temperature": ("temperature", float), "/top-p": ("top_p", float), "/top-k": ("top_k", int),
             "/min-p": ("min_p", float), "/seed": ("seed", int), "/tokens": ("max_new_tokens", int)}
+HELP = """A line is the beginning of a text; the model writes on. An empty line lets it begin by itself.
+    /temperature 0.7   0 takes the likeliest token     /top-p 0.9, /top-k 40, /min-p 0.05   or off
+    /seed 3            the same text again; or off     /tokens 200   how many to write at most
+    /settings          show them                       /help   this page        /quit   or Ctrl-D: leave
+Ctrl-C stops a text that is being written. Arrow up brings earlier lines back."""
 
 
 def prompt_loop(model, tokenizer, settings: dict) -> int:
-    """Prompts one after the other; Ctrl-C ends a text, /quit or Ctrl-D the program."""
-    with contextlib.suppress(ImportError): importlib.import_module("readline")  # gives input() its history
-    print(f"Type the beginning of a text. {', '.join(COMMANDS)} VALUE change a setting; /quit ends.")
-    while True:
-        try: line = input("> ")
-        except (EOFError, KeyboardInterrupt): return print() or 0
-        word, _, value = line.partition(" ")
-        if word == "/quit": return 0
-        try:
-            if word in COMMANDS:
-                name, kind = COMMANDS[word]
-                settings[name] = kind(value) if value.strip() and value.strip() != "off" else None
-                print("  ".join(f"{k}={v}" for k, v in settings.items()))
-            elif word.startswith("/"): print(f"no command {word}; there are {', '.join(COMMANDS)} and /quit")
-            else: write(model, tokenizer, line, settings)
-        except (ValueError, TypeError) as error: print(f"{error}")
-        except KeyboardInterrupt: print()
+    """Prompts one after the other; Ctrl-C ends a text and nothing more, /quit or Ctrl-D the program."""
+    print(f"Type the beginning of a text. {', '.join(COMMANDS)} VALUE change a setting; /help; /quit ends.")
+    with line_history(cache_folder() / "history"):
+        while True:
+            try: line = input("> ")
+            except EOFError: return print() or 0
+            except KeyboardInterrupt:
+                print("\n(/quit or Ctrl-D ends)")
+                continue
+            try:
+                if line.strip() == "/quit": return 0
+                if line.startswith("/"): obey(line, settings)
+                else: write(model, tokenizer, line, settings)
+            except (ValueError, torch.OutOfMemoryError) as error: print(error)
+            except KeyboardInterrupt: print()
+
+
+def obey(line: str, settings: dict):
+    """Do what a line that begins with / asks for; a bad value is a ValueError and changes nothing."""
+    word, _, value = (part.strip() for part in line.partition(" "))
+    if word == "/help": return print(HELP)
+    if word in COMMANDS:
+        name, kind = COMMANDS[word]
+        may_be_off = name not in ("temperature", "max_new_tokens")
+        try: new = None if may_be_off and value in ("", "off") else kind(value)
+        except ValueError:
+            raise ValueError(f"{word} takes a number{' or off' * may_be_off}, got {value!r}") from None
+        check_settings(**settings | {name: new})
+        settings[name] = new
+    elif word != "/settings":
+        raise ValueError(f"no command {word}; there are {', '.join(COMMANDS)}, /settings, /help and /quit")
+    print("  ".join(f"{k}={'off' if v is None else v}" for k, v in settings.items()))
+
+
+@contextlib.contextmanager
+def line_history(path: Path):
+    """Arrow keys for input(), and the lines of last time; where there is no readline, nothing."""
+    try: readline = importlib.import_module("readline")
+    except ImportError: return (yield)
+    if not sys.stdin.isatty(): return (yield)
+    with contextlib.suppress(OSError): readline.read_history_file(path)
+    try: yield
+    finally:
+        readline.set_history_length(1000)
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(path)
 
 
 def bench(command: Bench) -> int:

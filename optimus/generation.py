@@ -14,9 +14,9 @@ tokens for the same seed, with a cache and without."""
 
 # %% auto #0
 __all__ = ['MAX_NEW_TOKENS', 'apply_temperature', 'keep_top_k', 'keep_top_p', 'keep_min_p', 'is_whole', 'is_number',
-           'check_settings', 'next_token_probabilities', 'evaluating', 'Sampler', 'check_prompt', 'check_eos',
-           'generate', 'text_pieces', 'stream', 'drawn_until', 'FixedView', 'RowLinear', 'WideEmbedding',
-           'inference_copy', 'CompiledDecoder']
+           'check_settings', 'next_token_probabilities', 'evaluating', 'Context', 'Sampler', 'check_prompt',
+           'check_eos', 'generate', 'next_piece', 'text_pieces', 'encode_prompt', 'stream', 'drawn_until', 'FixedView',
+           'RowLinear', 'WideEmbedding', 'inference_copy', 'CompiledDecoder']
 
 # %% ../notebooks/10_sampling.ipynb #4f6cfa2e
 import copy
@@ -108,23 +108,20 @@ def evaluating(model: nn.Module):
         for module, mode in modes: module.training = mode
 
 # %% ../notebooks/10_sampling.ipynb #da3ff195
-class Sampler:
-    """One generation under way: B rows of tokens that `step` makes longer by one.
+class Context:
+    """B rows of tokens, and what the model says after them: `look` asks it, `append` makes them longer.
 
     The model sees a context of at most `rope_seq_len` tokens. When there are more, it is cut to the newest
     rope_seq_len // 2 (at least 1), counted from position 0, and grows from there, with a cache as without.
     """
-    def __init__(self, model: nn.Module, tokens: Tensor, max_new_tokens: int, *, seed: int | None,
-                 use_cache: bool, vocab_size: int | None = None, **settings):
+    def __init__(self, model: nn.Module, tokens: Tensor, max_new_tokens: int, use_cache: bool,
+                 vocab_size: int | None = None):
         B, self.end = tokens.shape
-        self.model, self.vocab_size, self.settings = model, vocab_size, settings
+        self.model, self.vocab_size, self.said = model, vocab_size, None
         self.device = next((p.device for p in model.parameters()), tokens.device)
         self.tokens = torch.cat([tokens, tokens.new_zeros(B, max_new_tokens)], 1).to(self.device)
         self.window, self.start, self.seen = model.config.rope_seq_len, 0, 0  # `seen`: tokens in the cache
         self.cache = model.new_cache(B, min(self.window, self.tokens.shape[1])) if use_cache else None
-        self.random = torch.Generator(self.device)
-        if seed is None: self.random.seed()
-        else: self.random.manual_seed(seed)
 
     def logits(self) -> Tensor:
         """What the model says about the next token, (B, V)."""
@@ -138,14 +135,34 @@ class Sampler:
         return self.model(new[:, -1:], self.cache)[:, -1]
 
     @torch.no_grad()
+    def look(self) -> Tensor:
+        """The logits of the next token, (B, V): asked once a position, then kept in `said`."""
+        if self.said is None:
+            with evaluating(self.model): self.said = self.logits()[:, :self.vocab_size]
+        return self.said
+
+    def append(self, drawn: Tensor) -> Tensor:
+        """One token (B,) more in every row, whoever chose it; the room for them grows as needed."""
+        if self.end == self.tokens.shape[1]: self.tokens = torch.cat([self.tokens, 0 * self.tokens], 1)
+        self.tokens[:, self.end] = drawn
+        self.end, self.said = self.end + 1, None
+        return drawn
+
+# %% ../notebooks/10_sampling.ipynb #6c20e8a1
+class Sampler(Context):
+    """One generation under way: `step` draws with `settings`, which may be changed between steps."""
+    def __init__(self, model: nn.Module, tokens: Tensor, max_new_tokens: int, *, seed: int | None,
+                 use_cache: bool, vocab_size: int | None = None, **settings):
+        super().__init__(model, tokens, max_new_tokens, use_cache, vocab_size)
+        self.settings = settings
+        self.random = torch.Generator(self.device)
+        if seed is None: self.random.seed()
+        else: self.random.manual_seed(seed)
+
     def step(self) -> Tensor:
         """Draw and append one token for every row: (B,)."""
-        with evaluating(self.model): logits = self.logits()
-        probabilities = next_token_probabilities(logits[:, :self.vocab_size], **self.settings)
-        drawn = torch.multinomial(probabilities, 1, generator=self.random)[:, 0]
-        self.tokens[:, self.end] = drawn
-        self.end += 1
-        return drawn
+        probabilities = next_token_probabilities(self.look(), **self.settings)
+        return self.append(torch.multinomial(probabilities, 1, generator=self.random)[:, 0])
 
 # %% ../notebooks/10_sampling.ipynb #b4393127
 def check_prompt(tokens: Tensor | list[int], vocab_size: int) -> Tensor:
@@ -198,6 +215,14 @@ def generate(model: nn.Module, tokens: Tensor | list[int], max_new_tokens: int, 
     return result[0].tolist() if isinstance(tokens, list) else result.to(tokens.device)
 
 # %% ../notebooks/10_sampling.ipynb #39f00e35
+def next_piece(tokenizer, context: list[int], i: int) -> str:
+    """The whole characters that token `i` completes after those of `context`, which is moved on by it."""
+    before = tokenizer.decode(context).removesuffix("\ufffd")
+    context.append(i)
+    after = tokenizer.decode(context).removesuffix("\ufffd")
+    del context[:-8]  # a character is spread over at most 4 tokens, so 8 hold its beginning
+    return after[len(before):].replace("\ufffd", "")
+
 def text_pieces(tokenizer, ids: Iterable[int]) -> Iterator[str]:
     """The text of ids that arrive one by one, in pieces of whole characters.
 
@@ -205,15 +230,19 @@ def text_pieces(tokenizer, ids: Iterable[int]) -> Iterator[str]:
     more tokens settle it. Joined, the pieces are `tokenizer.decode` of all ids, less an incomplete character
     at the end and less bytes that can never become a character (U+FFFD in `decode`): none is ever shown.
     """
-    context = []  # a character is spread over at most 4 tokens, so 8 hold its beginning
+    context = []
     for i in ids:
-        before = tokenizer.decode(context).removesuffix("\ufffd")
-        context.append(i)
-        after = tokenizer.decode(context).removesuffix("\ufffd")
-        if piece := after[len(before):].replace("\ufffd", ""): yield piece
-        del context[:-8]
+        if piece := next_piece(tokenizer, context, i): yield piece
 
 # %% ../notebooks/10_sampling.ipynb #a5bc0642
+def encode_prompt(model: nn.Module, tokenizer, prompt: str, eos_token_id: int) -> tuple[Tensor, int]:
+    """The ids of `prompt`, (1, T), end-of-text for an empty one, and how many ids may be drawn."""
+    if not isinstance(prompt, str): raise ValueError(f"the prompt must be text, got {str(prompt):.50}")
+    V = model.config.vocab_size
+    size = len(tokenizer) if hasattr(tokenizer, "__len__") else V
+    if size > V: raise ValueError(f"the tokenizer has {size} entries, but the model's vocab_size is {V}")
+    return check_prompt(tokenizer.encode(prompt) or [eos_token_id], V), size
+
 def stream(model: nn.Module, tokenizer, prompt: str, *, max_new_tokens: int = 200, temperature: float = 1.0,
            top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
            eos_token_id: int | None = None, seed: int | None = None, use_cache: bool = True) -> Iterator[str]:
@@ -223,15 +252,11 @@ def stream(model: nn.Module, tokenizer, prompt: str, *, max_new_tokens: int = 20
     end-of-text, as documents do in training. Settings as in `generate`, same tokens for the same seed.
     `eos_token_id` is the tokenizer's unless given. Raises ValueError at the call.
     """
-    V = model.config.vocab_size
     settings = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     check_settings(**settings, max_new_tokens=max_new_tokens, seed=seed)
-    if not isinstance(prompt, str): raise ValueError(f"the prompt must be text, got {str(prompt):.50}")
-    size = len(tokenizer) if hasattr(tokenizer, "__len__") else V
-    if size > V: raise ValueError(f"the tokenizer has {size} entries, but the model's vocab_size is {V}")
     eos = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
-    check_eos(eos, V)
-    tokens = check_prompt(tokenizer.encode(prompt) or [eos], V)
+    check_eos(eos, model.config.vocab_size)
+    tokens, size = encode_prompt(model, tokenizer, prompt, eos)
     sampler = Sampler(model, tokens, max_new_tokens, seed=seed, use_cache=use_cache, vocab_size=size,
                       **settings)
     return text_pieces(tokenizer, drawn_until(sampler, eos, max_new_tokens))

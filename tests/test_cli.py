@@ -1,9 +1,14 @@
 """The command line: what it prints, how it fails (one sentence, no traceback), and that flags are fields."""
 import contextlib
 import dataclasses
+import fcntl
 import io
+import os
+import select
 import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 
 import pytest
@@ -62,15 +67,74 @@ def test_generation_streams_from_the_newest_checkpoint(workplace):
 
 
 def test_without_a_prompt_it_takes_prompts_and_settings(workplace):
-    typed = ["/temperature 0", "/tokens 5", "the of", "/top-p 7", "the of", "/top-p off", "/nothing",
-             "/seed x", "the of", "/quit", ""]
+    typed = ["/temperature 0", "/tokens 5", "the of", "/top-p 7", "/top-k 0", "the of", "/top-p off",
+             "/nothing", "/seed x", "/temperature", "/tokens off", "/temperature nan", "the of", "/settings",
+             "/help", "/quit"]
     result = workplace("generate", typed="\n".join(typed))
     assert result.returncode == 0, result.stderr
-    lines = [line for line in result.stdout.replace("> ", "").splitlines() if line.startswith("the of")]
-    assert len(lines) == 2 and lines[0] == lines[1]  # greedy
-    assert "top_p must be" in result.stdout and "no command /nothing" in result.stdout
+    shown = result.stdout.replace("> ", "").splitlines()
+    lines = [line for line in shown if line.startswith("the of")]
+    assert len(lines) == 3 and lines[0] == lines[1] == lines[2]  # greedy; refused settings changed nothing
+    for words in ("top_p must be", "top_k must be", "temperature must be", "no command /nothing",
+                  "Ctrl-C stops", "/seed takes a number or off, got 'x'",
+                  "/temperature takes a number, got ''", "/tokens takes a number, got 'off'"):
+        assert words in result.stdout
+    last = next(line for line in reversed(shown) if "max_new_tokens=" in line)
+    assert "temperature=0.0" in last and "top_p=off" in last and "max_new_tokens=5" in last
     assert "Traceback" not in result.stderr
     assert workplace("generate", typed="").returncode == 0  # Ctrl-D
+
+
+def test_ctrl_c_stops_the_text_and_not_the_program(workplace):
+    """In a terminal of its own, with a real Ctrl-C; arrow up brings the last line back."""
+    import pty
+
+    parent, child = pty.openpty()
+    command = [sys.executable, "-m", "optimus.cli", "generate", "--max-new-tokens", "900000"]
+    program = subprocess.Popen(command, stdin=child, stdout=child, stderr=child, start_new_session=True,
+                               preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+    os.close(child)
+    seen = ""
+
+    def read_until(words, after=0):
+        nonlocal seen
+        end = time.monotonic() + 60
+        while words not in seen[after:]:
+            assert time.monotonic() < end and program.poll() is None, seen[-500:]
+            if select.select([parent], [], [], 0.2)[0]: seen += os.read(parent, 4096).decode(errors="replace")
+        return len(seen)
+
+    def type_in(text): os.write(parent, text.encode())
+
+    try:
+        at = read_until("\r\n> ")
+        type_in("the of\r")
+        at = read_until("the of", at)
+        read_until(" ", at + 40)
+        type_in("\x03")
+        at = read_until("\r\n> ", at)
+        type_in("\x03")  # at the prompt: a hint, and on
+        at = read_until("/quit or Ctrl-D ends", at)
+        type_in("/seed 4\r")
+        at = read_until("seed=4", at)
+        type_in("\x1b[A\x1b[A\r")  # arrow up twice: the prompt again
+        at = read_until("the of", at)
+        read_until(" ", at + 40)
+        type_in("\x03")
+        at = read_until("\r\n> ", at)
+        type_in("/quit\r")
+        end = time.monotonic() + 30
+        while program.poll() is None and time.monotonic() < end:
+            if select.select([parent], [], [], 0.1)[0]:
+                try: seen += os.read(parent, 4096).decode(errors="replace")
+                except OSError: break
+        assert program.wait(30) == 0 and "Traceback" not in seen
+    finally:
+        program.kill()
+        program.wait()
+        os.close(parent)
+    history = (workplace.folder / "cache" / "history").read_text()
+    assert "the of" in history and "/seed 4" in history
 
 
 def test_info(workplace):

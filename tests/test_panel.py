@@ -1,0 +1,691 @@
+"""What must stay true of optimus.panel, from Python. Derived in notebooks/16_generation_panel.ipynb."""
+import html
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from html.parser import HTMLParser
+
+import ipywidgets
+import pytest
+import scipy.stats
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from optimus.checkpoint import seal
+from optimus.config import ModelConfig
+from optimus.data import save_tokenizer, train_tokenizer
+from optimus.generation import next_token_probabilities, stream
+from optimus.panel import (GIVEN, Draft, GenerationPanel, Piece, Worker, bars_html, entropy_bits,
+                           find_choices, likeliest, next_token, page_html, percent, shade, summary,
+                           token_label)
+from optimus.transformer import LanguageModel
+
+TEXT = "the ship of state, naïve as ever, meets ⛵ 鯨 and 😀 on the sea. " * 3
+EVIL = "<img src=x onerror=alert(1)> & \"quotes\" 'single' </div><script>x</script>"
+UNTOUCHED = settings(deadline=None, max_examples=40,
+                     suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(): return train_tokenizer([TEXT], 300)
+
+
+def make_model(**changes):
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(**dict(
+        vocab_size=300, embedding_dim=36, num_layers=2, num_attention_heads=3, rope_seq_len=61, dropout=0.2,
+        intermediate_size=31) | changes))
+    for p in model.parameters(): nn.init.uniform_(p, 0.5, 1.5) if p.ndim < 2 else nn.init.normal_(p, std=0.3)
+    return model
+
+
+class Scripted(nn.Module):
+    """A model that says the ids of `script` one after the other, slowly if asked to."""
+    def __init__(self, script=(), prompt_length=1, logits=None, seconds=0.0):
+        super().__init__()
+        self.config = ModelConfig(vocab_size=300, rope_seq_len=4096)
+        self.script, self.prompt_length = list(script), prompt_length
+        self.logits, self.seconds = logits, seconds
+
+    def forward(self, tokens, cache=None):
+        time.sleep(self.seconds)
+        B, T = tokens.shape
+        logits = torch.zeros(B, T, 300)
+        if self.logits is not None: return logits + self.logits
+        at = T - self.prompt_length
+        if 0 <= at < len(self.script): logits[:, -1, self.script[at]] = 50.0
+        return logits
+
+
+@pytest.fixture
+def panel(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    panel = GenerationPanel(make_model(), tokenizer)
+    yield panel
+    panel.close()
+    assert threads() == []
+
+
+def threads(): return [t for t in threading.enumerate() if t.name == "optimus-panel"]
+def with_model(panel, model): panel.model = model; panel.begin(); assert panel.join(30); return panel
+def plain(page): return html.unescape(re.sub("<[^>]*>", "", page))
+
+
+def run(panel, prompt=None, **values):
+    if prompt is not None: panel.prompt.value = prompt
+    for name, value in values.items(): getattr(panel, name).value = value
+    panel.generate_button.click()
+    assert panel.join(60)
+    return panel.written
+
+
+class Reader(HTMLParser):
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.text, self.attributes = set(), "", set()
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attributes}
+
+    def handle_data(self, data): self.text += data
+
+
+# The next token
+
+LOGITS = st.lists(st.integers(-80, 80).map(lambda n: n / 8), min_size=2, max_size=31)
+
+
+@settings(deadline=None, max_examples=80)
+@given(LOGITS, st.floats(0.05, 3), st.none() | st.floats(0.01, 1), st.none() | st.integers(1, 9),
+       st.none() | st.floats(0, 1))
+def test_the_view_is_the_distribution_that_is_drawn_from(logits, temperature, top_p, top_k, min_p):
+    logits, filters = torch.tensor(logits), dict(top_p=top_p, top_k=top_k, min_p=min_p)
+    ids = likeliest(logits)
+    view = next_token(logits, ids, temperature=temperature, **filters)
+    p = next_token_probabilities(logits[None], temperature, **filters)[0]
+    assert ids == sorted(ids, key=lambda i: -logits[i]) and len(ids) == min(20, len(logits))
+    assert view.chance == p[ids].tolist() and view.survivors == (p > 0).sum()
+    assert view.before == pytest.approx(logits.softmax(0)[ids].tolist()) and view.vocabulary == len(logits)
+    for bits, q in zip(view.bits, (logits.softmax(0), p)):
+        assert abs(bits - scipy.stats.entropy(q.double(), base=2)) < 1e-4
+    page = bars_html(view)
+    assert page.count("optimus-bar in") == sum(chance > 0 for chance in view.chance)
+    assert page.count("optimus-bar cut") == sum(chance == 0 for chance in view.chance)
+
+
+def test_entropy_by_hand():
+    assert entropy_bits(torch.tensor([1.0, 0.0])) == 0
+    assert entropy_bits(torch.tensor([0.5, 0.25, 0.25, 0.0])) == pytest.approx(1.5)
+
+
+def test_the_line_is_drawn_below_the_last_survivor_and_only_where_something_is_cut():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    edges = {}
+    for top_p in (0.4, 0.6, 0.9, None):
+        page = bars_html(next_token(logits, [0, 1, 2, 3], temperature=1.0, top_p=top_p))
+        rows = re.findall(r"optimus-bar (\w+)( edge)?", page)
+        edges[top_p] = [i for i, (_, edge) in enumerate(rows) if edge]
+    assert edges == {0.4: [0], 0.6: [1], 0.9: [2], None: []}
+    many = next_token(torch.zeros(50), likeliest(torch.zeros(50)), temperature=1.0, top_p=0.9)
+    assert "edge" not in bars_html(many) and "25 less likely tokens survive too" in bars_html(many)
+    assert "45 of 50 tokens survive" in summary(many)
+
+
+def test_temperature_zero_leaves_one():
+    view = next_token(torch.tensor([1.0, 5.0, 5.0]), [1, 2, 0], temperature=0)
+    assert view.chance == [1, 0, 0] and view.survivors == 1 and view.bits[1] == 0
+
+
+def test_labels_show_what_cannot_be_seen(tokenizer):
+    label = {text: token_label(tokenizer, tokenizer.encode(text)[0]) for text in (" ", "\n", "\t", "\0", "a")}
+    assert label == {" ": "␣", "\n": "⏎", "\t": "⇥", "\0": "␀", "a": "a"}
+    assert token_label(tokenizer, tokenizer.eos_token_id) == "‹end of text›"
+    broken, *rest = tokenizer.encode("狐")
+    assert rest and token_label(tokenizer, broken) == f"‹token {broken}›"
+    for i in range(300):
+        shown = token_label(tokenizer, i)
+        assert shown and shown.isprintable() and len(shown) <= 14 and "\ufffd" not in shown
+
+
+def test_probabilities_for_the_eye():
+    shown = ["100.0 %", "61.3 %", "0.1 %", "<0.1 %", "0 %"]
+    assert [percent(p) for p in (1, 0.613, 0.001, 0.0009, 0)] == shown
+    assert [shade(p) for p in (1, 0.5, 0.49, 0.2, 0.05, 0.01, 0.009, 0)] == [0, 0, 1, 1, 2, 3, 4, 4]
+
+
+# Text stays text
+
+@UNTOUCHED
+@given(prompt=st.text("<>&\"'/ab 鯨\n", max_size=20) | st.just(EVIL),
+       texts=st.lists(st.text("<>&\"'=ab", max_size=5)))
+def test_a_page_holds_no_tag_but_ours_and_gives_every_character_back(tokenizer, prompt, texts):
+    pieces = [Piece(text, [5], 0.3, [(tokenizer.encode("<")[0], 0.2)]) for text in texts]
+    for judge in (None, tokenizer):
+        page = page_html(prompt, pieces, judge)
+        read = Reader(page)
+        assert read.tags == {"div", "span"} and read.text == prompt + "".join(texts)
+        assert read.attributes <= {"class", "data-text", "data-tip", "tabindex"}
+        assert plain(page) == prompt + "".join(texts)
+
+
+def test_html_in_prompt_and_continuation_is_text(panel, tokenizer):
+    prompt = "a"
+    with_model(panel, Scripted(tokenizer.encode(EVIL)))
+    written = run(panel, prompt, max_new_tokens=len(tokenizer.encode(EVIL)))
+    assert written == prompt + EVIL == plain(panel.text.value)
+    run(panel, EVIL, max_new_tokens=3)
+    for page in (panel.text.value, panel.view.bars.value, panel.view.head.value, panel.message.value):
+        assert "<img" not in page and "<script" not in page
+    assert html.escape(EVIL) in panel.text.value
+
+
+def test_html_in_an_error_is_text(panel):
+    def broken(*_): raise RuntimeError(EVIL)
+    panel.model.forward = broken
+    run(panel, "other")
+    assert "RuntimeError" in panel.message.value and "<img" not in panel.message.value
+
+
+# Writing
+
+SETTINGS = [dict(temperature=0.0), dict(temperature=0.7, top_p=0.9, seed=5),
+            dict(temperature=1.3, top_p=1.0, top_k=7), dict(temperature=1.0, min_p=0.05, seed=9)]
+
+
+@pytest.mark.parametrize("chosen", SETTINGS)
+def test_the_panel_writes_what_stream_writes(panel, tokenizer, chosen):
+    chosen = dict(top_p=1.0, seed=0) | chosen
+    written = run(panel, "the ship ⛵", max_new_tokens=40, **chosen)
+    wanted = stream(panel.model, tokenizer, "the ship ⛵", max_new_tokens=40, **chosen)
+    assert written == "the ship ⛵" + "".join(wanted)
+    assert plain(panel.text.value) == written and written in html.unescape(panel.text.value)
+    assert "\ufffd" not in panel.text.value and not panel.message.value
+    assert not panel.generate_button.disabled and panel.stop_button.disabled
+
+
+def test_it_writes_on_past_the_end_of_the_context(panel, tokenizer):
+    written = run(panel, "the", max_new_tokens=150, seed=2)
+    wanted = stream(panel.model, tokenizer, "the", max_new_tokens=150, temperature=0.8, top_p=0.95, seed=2)
+    assert written == "the" + "".join(wanted)
+
+
+def test_stopped_and_continued_is_one_text(panel):
+    whole = run(panel, "the", max_new_tokens=30, seed=4)
+    run(panel, max_new_tokens=11)
+    panel.max_new_tokens.value = 19
+    panel.continue_button.click()
+    assert panel.join(60) and panel.written == whole
+    panel.clear_button.click()
+    assert panel.join(60) and panel.written == "the"
+    panel.continue_button.click()
+    assert panel.join(60) and whole.startswith(panel.written) and panel.written != "the"
+
+
+def test_the_next_generate_takes_the_new_prompt_and_seed(panel):
+    first = run(panel, "the", max_new_tokens=20, seed=1)
+    assert run(panel, "of") != first and panel.written.startswith("of")
+    assert run(panel, "the", seed=2) != first and run(panel, seed=1) == first
+
+
+def test_probabilities_of_the_text_are_the_models_own(panel, tokenizer):
+    written = run(panel, "the ship", max_new_tokens=25, temperature=1.7, top_p=1.0, seed=8)
+    draft = panel.lanes[0].draft
+    ids = [i for piece in draft.pieces for i in piece.ids]
+    assert "".join(piece.text for piece in draft.pieces) == written[len("the ship"):]
+    tokens = torch.tensor([tokenizer.encode("the ship") + ids])
+    with torch.no_grad(): p = panel.model.eval()(tokens)[0, -len(ids) - 1:-1].softmax(-1)
+    own, at = p[range(len(ids)), ids], 0
+    for piece in draft.pieces:
+        n = len(piece.ids)
+        assert piece.probability == pytest.approx(own[at:at + n].prod().item(), rel=1e-3)
+        assert [i for i, _ in piece.others] == likeliest(p[at], 5)
+        assert piece.text or piece is draft.pieces[-1]
+        at += n
+
+
+def test_a_character_of_several_tokens_is_one_piece(panel, tokenizer):
+    fox, a = tokenizer.encode("狐"), tokenizer.encode("a")
+    with_model(panel, Scripted([*fox, *a]))
+    run(panel, "x", max_new_tokens=len(fox) + 1, temperature=0.0)
+    assert len(fox) > 1 and [(p.text, p.ids) for p in panel.lanes[0].draft.pieces] == [("狐", fox), ("a", a)]
+    run(panel, max_new_tokens=1)
+    assert panel.written == "x" == plain(panel.text.value)  # a piece of a character is not shown
+
+
+@pytest.mark.parametrize("script", ["", "sea 😀"])
+def test_end_of_text_ends_the_run_and_is_not_shown(panel, tokenizer, script):
+    with_model(panel, Scripted([*tokenizer.encode(script), tokenizer.eos_token_id]))
+    assert run(panel, "x", temperature=0.0) == f"x{script}"
+    assert "end of text" in panel.status.value and "‹end of text›" in panel.view.buttons[0].description
+
+
+def test_settings_moved_during_a_run_hold_from_the_next_token_on(panel, tokenizer):
+    logits = torch.zeros(300)
+    logits[tokenizer.encode("a")[0]] = 9.0
+    logits[tokenizer.eos_token_id] = -1e9
+    with_model(panel, Scripted(logits=logits, seconds=0.005))
+    panel.prompt.value, panel.max_new_tokens.value = "x", 400
+    panel.temperature.value, panel.top_p.value = 2.0, 1.0
+    panel.generate_button.click()
+    until(lambda: len(panel.written) > 20)
+    panel.temperature.value = 0.0
+    assert panel.join(60)
+    assert panel.written.endswith("a" * 50) and set(panel.written[1:15]) != {"a"}
+
+
+# One thread, one run
+
+def until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.002)
+
+
+def slow(panel, tokenizer, tokens=10_000):
+    """A run under way that would take minutes."""
+    logits = torch.zeros(300)
+    logits[tokenizer.encode("a")[0]] = 50.0
+    with_model(panel, Scripted(logits=logits, seconds=0.004))
+    panel.prompt.value, panel.max_new_tokens.value = "x", tokens
+    panel.generate_button.click()
+    until(lambda: len(plain(panel.text.value)) > 4)
+
+
+def test_stop_freezes_the_text_at_once_and_the_buttons_come_back(panel, tokenizer):
+    slow(panel, tokenizer)
+    assert panel.generate_button.disabled and not panel.stop_button.disabled and len(threads()) == 1
+    panel.stop_button.click()
+    began = time.monotonic()
+    assert panel.join(10) and time.monotonic() - began < 0.3
+    frozen = panel.text.value
+    time.sleep(0.1)
+    assert panel.text.value == frozen and not panel.generate_button.disabled and threads() == []
+
+
+def test_a_second_click_starts_no_second_run(panel, tokenizer):
+    slow(panel, tokenizer)
+    before = len(panel.written)
+    for button in [panel.generate_button, panel.continue_button] * 5: button.click()
+    until(lambda: len(panel.written) > before + 5)
+    assert len(threads()) == 1
+    panel.stop_button.click()
+    assert panel.join(10) and set(panel.written[1:]) == {"a"} and len(panel.written) > before
+    assert threads() == []
+
+
+def test_clicks_from_many_threads_at_once_start_one_run(panel):
+    started = []
+    panel.worker.submit = lambda name, job: started.append(name)
+    clickers = [threading.Thread(target=panel.generate_button.click) for _ in range(20)]
+    for t in clickers: t.start()
+    for t in clickers: t.join()
+    assert started == ["run"]
+    del panel.worker.submit
+    panel.running = False
+
+
+def test_a_new_panel_stops_the_run_of_the_old_one(panel, tokenizer):
+    slow(panel, tokenizer)
+    second = GenerationPanel(make_model(), tokenizer)
+    second.join(10)
+    assert not panel.running and threads() == []
+    second.close()
+
+
+def test_prompt_edits_and_bars_do_not_disturb_a_run(panel, tokenizer):
+    slow(panel, tokenizer)
+    panel.prompt.value = "another"
+    panel.view.buttons[3].click()
+    panel.compare.value = True
+    before = len(panel.written)
+    until(lambda: len(panel.written) > before + 5)
+    panel.stop_button.click()
+    assert panel.join(10) and panel.written.startswith("xaaa") and set(panel.written[1:]) == {"a"}
+
+
+def test_clear_during_a_run_ends_it(panel, tokenizer):
+    slow(panel, tokenizer)
+    panel.clear_button.click()
+    assert panel.join(10) and panel.written == "x" and not panel.running
+
+
+def test_an_interrupt_while_waiting_stops_the_run(panel, tokenizer):
+    slow(panel, tokenizer)
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt): panel.join()
+    until(lambda: threads() == [])
+    assert not panel.running and not panel.generate_button.disabled
+
+
+def test_an_interrupt_of_an_idle_kernel_stops_the_run_and_a_rerun_leaves_no_thread(tmp_path):
+    """In a real kernel, where SIGINT is ignored between cells."""
+    from jupyter_client.manager import start_new_kernel
+
+    code = """
+import pathlib, threading, time, torch
+from test_panel import TEXT, Scripted, train_tokenizer
+from optimus.panel import GenerationPanel
+tokenizer = train_tokenizer([TEXT], 300)
+def run():
+    logits = torch.zeros(300).index_fill(0, torch.tensor([tokenizer.eos_token_id]), -1e9)  # it never ends
+    panel = GenerationPanel(Scripted(logits=logits, seconds=0.005), tokenizer, "x")
+    panel.max_new_tokens.value = 100_000
+    panel.generate_button.click()
+    return panel
+def alive(): return sum(t.name == "optimus-panel" for t in threading.enumerate())
+panel = run()"""
+    busy = tmp_path / "busy"
+    manager, client = start_new_kernel(kernel_name="python3", cwd=os.path.dirname(__file__))
+    def value(expression):
+        reply = client.execute("", user_expressions={"v": expression}, reply=True, timeout=60)["content"]
+        return reply.get("user_expressions", {}).get("v", {}).get("data", {}).get("text/plain")
+    try:
+        reply = client.execute(code, reply=True, timeout=120)
+        assert reply["content"]["status"] == "ok", reply["content"]
+        assert value("alive()") == "1"
+        client.execute("panel = run()", reply=True, timeout=60)  # the cell again
+        time.sleep(0.3)
+        assert value("alive()") == "1"
+        time.sleep(0.5)
+        manager.interrupt_kernel()  # the kernel is idle, and stays so until the signal has come
+        time.sleep(0.5)
+        until(lambda: value("alive()") == "0")
+        client.execute(f"panel = run(); pathlib.Path({str(busy)!r}).touch(); time.sleep(600)")
+        until(busy.exists)
+        manager.interrupt_kernel()  # the cell is interrupted, and the run with it
+        client.get_shell_msg(timeout=60)
+        until(lambda: value("alive()") == "0")
+        assert value("panel.running, panel.generate_button.disabled") == "(False, False)"
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def test_the_worker_drops_what_is_out_of_date_and_survives_errors():
+    done, trouble, gate = [], [], threading.Event()
+    worker = Worker(trouble.append)
+    worker.submit("wait", lambda: gate.wait(10))
+    for i in range(5): worker.submit("view", lambda i=i: done.append(i))
+    worker.submit("bad", lambda: 1 / 0)
+    worker.submit("last", lambda: done.append("last"))
+    assert not worker.join(0.01)
+    gate.set()
+    assert worker.join(10) and done == [4, "last"] and [type(e) for e in trouble] == [ZeroDivisionError]
+    for i in range(300):  # jobs that arrive just as the thread ends
+        worker.submit(f"{i}", lambda i=i: done.append(i))
+        if i % 3 == 0: worker.join(10)
+    assert worker.join(10) and done[2:] == list(range(300)) and worker.thread is None
+
+
+# Mistakes become sentences
+
+@pytest.mark.parametrize("name, value, words", [
+    ("top_k", -1, "top_k must be a whole number"),
+    ("max_new_tokens", 0, "max_new_tokens must be a whole number"),
+    ("max_new_tokens", -1, "max_new_tokens"), ("max_new_tokens", 10**9, "max_new_tokens"),
+    ("seed", -1, "seed must be a whole number"), ("seed", 2**63, "seed"),
+    ("temperature", math.nan, "temperature must be a number in [0, inf)"),
+    ("top_p", math.nan, "top_p must be"), ("min_p", math.nan, "min_p must be")])
+def test_a_bad_setting_is_a_sentence_and_the_next_run_works(panel, name, value, words):
+    good = getattr(panel, name).value
+    run(panel, "the", **{name: value})
+    assert words in html.unescape(panel.message.value) and "Traceback" not in panel.message.value
+    assert not panel.generate_button.disabled and panel.written == "the"
+    run(panel, max_new_tokens=3, **({} if name == "max_new_tokens" else {name: good}))
+    assert panel.message.value == "" and len(panel.lanes[0].draft.pieces) >= 1
+
+
+def test_a_slider_moved_to_a_bad_value_and_back_says_so_and_forgets_it(panel):
+    panel.prompt.value = "the"
+    panel.join(30)
+    panel.top_k.value = -3
+    assert "top_k must be" in panel.message.value
+    panel.top_k.value = None
+    assert panel.message.value == "" and panel.top_k.value == 0 and panel.lanes[0].settings()["top_k"] is None
+
+
+@pytest.mark.parametrize("bad", [torch.full((300,), math.nan), torch.full((300,), -math.inf)])
+def test_logits_without_a_distribution_are_a_sentence(panel, bad):
+    panel.model = Scripted(logits=bad)
+    run(panel, "the")
+    assert "no distribution" in panel.message.value and not panel.generate_button.disabled
+
+
+def test_an_error_in_the_middle_is_a_sentence_and_the_text_stays(panel, tokenizer):
+    class Breaks(Scripted):
+        def forward(self, tokens, cache=None):
+            if tokens.shape[1] > 6: raise RuntimeError("out of luck")
+            return super().forward(tokens)
+    with_model(panel, Breaks(tokenizer.encode("abcdefghij")))
+    run(panel, "x", temperature=0.0)
+    assert "RuntimeError: out of luck" in panel.message.value
+    assert panel.written == "xabcdef" and not panel.generate_button.disabled and panel.stop_button.disabled
+
+
+@pytest.mark.parametrize("prompt", ["", "   ", "\0", "\ud800", "the sea " * 20_000, "<|endoftext|>",
+                                    "\ufeff"], ids=range(7))
+def test_any_prompt_runs_or_is_refused_in_a_sentence(panel, prompt):
+    panel.prompt.value = prompt
+    panel.max_new_tokens.value = 3
+    panel.generate_button.click()
+    assert panel.join(60) and not panel.running
+    if prompt == "\ud800": assert "surrogate" in panel.message.value
+    else: assert panel.message.value == "" and panel.written.startswith(prompt)
+
+
+def test_a_tokenizer_larger_than_the_model_is_a_sentence(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    panel = GenerationPanel(make_model(vocab_size=299), tokenizer, "the")
+    assert panel.join(30) and "300 entries" in panel.message.value
+    run(panel)
+    assert "300 entries" in panel.message.value and not panel.generate_button.disabled
+    panel.close()
+
+
+# What a hand can do
+
+def counted(panel):
+    calls = []
+    panel.model.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def test_a_slider_moves_the_bars_without_asking_the_model(panel):
+    panel.prompt.value = "the"
+    panel.join(30)
+    calls, seen = counted(panel), set()
+    for name, value in (("temperature", 1.5), ("top_p", 0.3), ("top_p", 0.9), ("min_p", 0.2), ("top_k", 3)):
+        getattr(panel, name).value = value
+        seen.add((panel.view.bars.value, panel.view.head.value))
+    assert not calls and len(seen) == 5 and panel.view.bars.value.count("optimus-bar in") <= 3
+
+
+@pytest.mark.parametrize("row", [0, 2, 19])
+def test_a_bar_writes_its_token(panel, tokenizer, row):
+    panel.prompt.value = "the"
+    panel.join(30)
+    i, bars = panel.view.ids[row], panel.view.bars.value
+    assert panel.view.buttons[row].description == token_label(tokenizer, i)
+    panel.view.buttons[row].click()
+    assert panel.join(30)
+    draft = panel.lanes[0].draft
+    assert draft.sampler.tokens[0, :draft.sampler.end].tolist() == [*tokenizer.encode("the"), i]
+    assert panel.view.bars.value != bars and draft.pieces[0].ids == [i]
+
+
+def test_two_quick_clicks_on_a_bar_write_it_once(panel):
+    panel.prompt.value = "the"
+    panel.join(30)
+    for _ in range(2): panel.view.buttons[1].click()
+    panel.join(30)
+    assert sum(len(p.ids) for p in panel.lanes[0].draft.pieces) == 1
+
+
+def test_the_end_of_text_bar_ends_the_text(panel, tokenizer):
+    with_model(panel, Scripted([tokenizer.eos_token_id]))
+    panel.prompt.value = "x"
+    panel.join(30)
+    panel.view.buttons[0].click()
+    assert panel.join(30) and panel.written == "x" and "end of text" in panel.status.value
+
+
+def test_two_settings_stand_side_by_side(panel, tokenizer):
+    panel.compare.value = True
+    a, b = panel.lanes
+    b.temperature.value, b.top_p.value = 1.4, 0.5
+    run(panel, "the ship", max_new_tokens=25, seed=6, temperature=0.9)
+    for lane, chosen in ((a, dict(temperature=0.9, top_p=0.95)), (b, dict(temperature=1.4, top_p=0.5))):
+        wanted = stream(panel.model, tokenizer, "the ship", max_new_tokens=25, seed=6, **chosen)
+        assert plain(lane.text.value) == "the ship" + "".join(wanted)
+    assert b.box.layout.display is None
+    a.top_p.value = 0.9
+    assert "settings A" in panel.view.head.value
+    b.top_p.value = 0.6
+    assert "settings B" in panel.view.head.value and panel.view.ids == b.now[1]
+    panel.view.buttons[0].click()
+    panel.join(30)
+    assert len(b.draft.pieces) > len(a.draft.pieces) or b.draft.sampler.end == a.draft.sampler.end + 1
+    panel.compare.value = False
+    panel.join(30)
+    assert b.box.layout.display == "none" and "settings" not in panel.view.head.value.split("</b>")[0]
+
+
+def test_the_same_settings_side_by_side_write_the_same(panel):
+    panel.compare.value = True
+    panel.lanes[1].top_p.value = panel.top_p.value
+    run(panel, "the", max_new_tokens=20)
+    assert plain(panel.lanes[0].text.value) == plain(panel.lanes[1].text.value)
+
+
+def test_the_status_counts_bytes_and_tokens(panel, tokenizer):
+    run(panel, "the ship", max_new_tokens=7)
+    sampler = panel.lanes[0].draft.sampler
+    cache = sampler.cache
+    assert cache.max_length == 61 and cache.length == sampler.end
+    held = cache.nbytes * cache.length // 61
+    for words in (f"cache {held / 1024:.0f} of {cache.nbytes / 1024:.0f} kB", "tokens/s",
+                  f"{61 - sampler.end} of 61 tokens left"):
+        assert words in panel.status.value
+
+
+def test_dice(panel):
+    seeds = set()
+    for _ in range(20):
+        panel.dice_button.click()
+        seeds.add(panel.seed.value)
+    assert len(seeds) > 10 and all(0 <= seed < 2**31 for seed in seeds)
+
+
+# Models to choose from
+
+def save_run(folder, tokenizer, seed):
+    torch.manual_seed(seed)
+    model = make_model(embedding_dim=24, num_attention_heads=2)
+    for p in model.parameters(): nn.init.normal_(p, std=0.3)
+    folder.mkdir(parents=True)
+    path = folder / "step-00000003"
+    model.save_pretrained(path)
+    save_tokenizer(tokenizer, path)
+    seal(path)
+    return model
+
+
+def test_runs_and_shipped_models_can_be_chosen(panel, tokenizer, tmp_path, monkeypatch):
+    trained = save_run(tmp_path / "checkpoints" / "run-001", tokenizer, 3)
+    shipped = tmp_path / "shipped" / "presidents"
+    trained.save_pretrained(shipped)
+    save_tokenizer(tokenizer, shipped)
+    monkeypatch.setattr("optimus.panel.shipped_models", lambda: {"presidents": shipped})
+    panel.refresh_button.click()
+    assert panel.checkpoint.options == (GIVEN, "shipped: presidents", "run: run-001")
+    first, given_model = run(panel, "the", max_new_tokens=15), panel.model
+    for label in ("run: run-001", "shipped: presidents"):
+        panel.checkpoint.value = label
+        assert panel.join(30) and panel.message.value == "" and panel.written == "the"
+        wanted = "the" + "".join(stream(trained, tokenizer, "the", max_new_tokens=15, temperature=0.8,
+                                        top_p=0.95, seed=0))
+        assert run(panel) == wanted != first
+        panel.refresh_button.click()
+        assert panel.checkpoint.value == label and panel.join(10) and panel.written == wanted
+    panel.checkpoint.value = GIVEN
+    assert panel.join(30) and panel.model is given_model and run(panel) == first
+
+
+def test_a_damaged_run_is_a_sentence_and_the_old_model_stays(panel, tokenizer, tmp_path):
+    save_run(tmp_path / "checkpoints" / "run-001", tokenizer, 3)
+    (tmp_path / "checkpoints" / "run-001" / "step-00000003" / "model.safetensors").write_bytes(b"x")
+    panel.refresh_button.click()
+    before = run(panel, "the", max_new_tokens=9)
+    panel.checkpoint.value = "run: run-001"
+    assert panel.join(30) and "damaged" in panel.message.value and panel.checkpoint.value == GIVEN
+    assert run(panel) == before and panel.message.value == ""
+
+
+def test_the_newest_run_comes_first(tokenizer, tmp_path):
+    for name, age in (("run-001", 100), ("run-002", 50), ("run-003", 300)):
+        save_run(tmp_path / name, tokenizer, 1)
+        moment = time.time() - age
+        os.utime(tmp_path / name / "step-00000003", (moment, moment))
+    listed = [label for label in find_choices([tmp_path]) if label.startswith("run")]
+    assert listed == ["run: run-002", "run: run-001", "run: run-003"]
+
+
+# Shape
+
+def test_it_is_a_widget_with_the_names_of_the_contract(panel):
+    assert isinstance(panel, ipywidgets.Widget) and "optimus-panel" in panel._dom_classes
+    for name in ("temperature", "top_p", "top_k", "max_new_tokens", "seed", "prompt"):
+        assert getattr(panel, name).value is not None
+    assert isinstance(panel.generate_button, ipywidgets.Button) and isinstance(panel.text, ipywidgets.HTML)
+
+
+def test_any_tokenizer_with_encode_and_decode_will_do(tmp_path, monkeypatch):
+    class Letters:
+        eos_token_id = 0
+        def encode(self, text): return [ord(c) for c in text]
+        def decode(self, ids): return "".join(map(chr, ids))
+        def __len__(self): return 128
+    monkeypatch.chdir(tmp_path)
+    panel = GenerationPanel(make_model(vocab_size=128, attention="gqa", num_kv_heads=1), Letters())
+    assert run(panel, "abc", max_new_tokens=9).startswith("abc")
+    panel.close()
+
+
+def test_a_run_leaves_the_models_mode_and_chance_alone(panel):
+    panel.model.train()
+    state = torch.get_rng_state()
+    run(panel, "the", max_new_tokens=9)
+    assert panel.model.training and torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() >= 1
+
+
+def test_a_long_text_is_drawn_less_often(panel, tokenizer, monkeypatch):
+    """At most 400 kB a second go to the browser."""
+    panel.prompt.value = "the sea " * 20_000
+    panel.join(30)
+    drawn = []
+    panel.text.observe(lambda change: drawn.append(len(change["new"])), "value")
+    began = time.monotonic()
+    run(panel, max_new_tokens=200)
+    assert sum(drawn) <= 400_000 * (time.monotonic() - began) + 3 * max(drawn)
+
+
+def test_the_draft_takes_tokens_from_anybody(tokenizer):
+    draft = Draft(make_model(), tokenizer, "the")
+    for i in tokenizer.encode(" ship ⛵"): assert draft.add(i)
+    assert "".join(p.text for p in draft.pieces) == " ship ⛵" and not draft.add(tokenizer.eos_token_id)
+
+
+def test_importing_optimus_imports_no_widgets():
+    code = "import sys, optimus; assert 'ipywidgets' not in sys.modules; import optimus.panel"
+    subprocess.run([sys.executable, "-c", code], check=True)
