@@ -380,6 +380,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'optimus.generation.keep_min_p': ('sampling.html#keep_min_p', 'optimus/generation.py'),
                                     'optimus.generation.keep_top_k': ('sampling.html#keep_top_k', 'optimus/generation.py'),
                                     'optimus.generation.keep_top_p': ('sampling.html#keep_top_p', 'optimus/generation.py'),
+                                    'optimus.generation.layer_stores': ('sampling.html#layer_stores', 'optimus/generation.py'),
                                     'optimus.generation.next_piece': ('sampling.html#next_piece', 'optimus/generation.py'),
                                     'optimus.generation.next_token_probabilities': ( 'sampling.html#next_token_probabilities',
                                                                                      'optimus/generation.py'),

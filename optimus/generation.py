@@ -16,7 +16,7 @@ tokens for the same seed, with a cache and without."""
 __all__ = ['MAX_NEW_TOKENS', 'apply_temperature', 'keep_top_k', 'keep_top_p', 'keep_min_p', 'is_whole', 'is_number',
            'check_settings', 'next_token_probabilities', 'evaluating', 'Context', 'Sampler', 'check_prompt',
            'check_eos', 'generate', 'next_piece', 'text_pieces', 'encode_prompt', 'stream', 'drawn_until', 'FixedView',
-           'RowLinear', 'WideEmbedding', 'inference_copy', 'CompiledDecoder']
+           'layer_stores', 'RowLinear', 'WideEmbedding', 'inference_copy', 'CompiledDecoder']
 
 # %% ../notebooks/10_sampling.ipynb #4f6cfa2e
 import copy
@@ -272,12 +272,19 @@ def drawn_until(sampler: Sampler, eos_token_id: int | None, most: int) -> Iterat
 # %% ../notebooks/10_sampling.ipynb #4ff038ff
 class FixedView:
     """One layer of a cache for a compiled step: writes at slots `pos`, a tensor, and shows the first S."""
-    def __init__(self, stores: tuple[Tensor, ...], layer: int, pos: Tensor, S: int):
-        self.stores, self.pos, self.S = [store[layer] for store in stores], pos, S
+    def __init__(self, stores: tuple[Tensor, ...], pos: Tensor, S: int):
+        self.stores, self.pos, self.S = stores, pos, S  # (B, max_length, ...) each
 
     def update(self, *new: Tensor) -> tuple[Tensor, ...]:
-        for store, x in zip(self.stores, new): store.index_copy_(1, self.pos, x)
+        for store, x in zip(self.stores, new): store[:, self.pos] = x
         return tuple(store[:, :self.S] for store in self.stores)  # what lies behind pos is masked
+
+def layer_stores(cache: Cache, i: int) -> tuple[Tensor, ...]:
+    """The tensors of layer i, (B, max_length, ...) each; a CUDA graph may write into them where they are."""
+    stores = tuple(store[i] for store in cache.stores)
+    for store in stores:
+        if store.is_cuda: torch._dynamo.mark_static_address(store)
+    return stores
 
 # %% ../notebooks/10_sampling.ipynb #4ea8b550
 class RowLinear(nn.Module):
@@ -333,9 +340,9 @@ class CompiledDecoder(nn.Module):
         mode = "reduce-overhead" if own.is_cuda else None
         self.step = torch.compile(self.one_token, fullgraph=True, mode=mode)
 
-    def one_token(self, tokens: Tensor, pos: Tensor, S: int, *stores: Tensor) -> Tensor:
+    def one_token(self, tokens: Tensor, pos: Tensor, S: int, layers: list[tuple[Tensor, ...]]) -> Tensor:
         x = self.model.embedding(tokens)  # (B, 1, C)
-        for i, block in enumerate(self.model.blocks): x = block(x, pos, FixedView(stores, i, pos, S))
+        for block, stores in zip(self.model.blocks, layers): x = block(x, pos, FixedView(stores, pos, S))
         return self.model.head(self.model.norm(x))  # (B, 1, V)
 
     @torch.no_grad()
@@ -350,7 +357,7 @@ class CompiledDecoder(nn.Module):
         if end > self.config.rope_seq_len: return self.model(tokens, cache)  # the model says what is wrong
         pos = torch.full((1,), cache.length, device=tokens.device)
         S = min(cache.max_length, -(-end // self.bucket) * self.bucket)
-        logits = self.step(tokens, pos, S, *cache.stores)
+        logits = self.step(tokens, pos, S, [layer_stores(cache, i) for i in range(cache.num_layers)])
         cache.advance(1)
         return logits.clone() if logits.is_cuda else logits  # the graph's next run overwrites its output
 
@@ -360,6 +367,4 @@ class CompiledDecoder(nn.Module):
             raise ValueError(f"max_length must be at most rope_seq_len = {self.config.rope_seq_len}, "
                              f"got {max_length}")
         like = self.model.embedding.weight.new_empty((), dtype=self.dtype)
-        cache = cache_for(self.config, batch_size, self.config.rope_seq_len, like)
-        for store in cache.stores: torch._dynamo.mark_static_address(store)  # a graph may write into it
-        return cache
+        return cache_for(self.config, batch_size, self.config.rope_seq_len, like)
