@@ -217,7 +217,7 @@ PRESETS = {
     "presidents": (ModelConfig(vocab_size=4096, embedding_dim=256, num_layers=6, num_attention_heads=4,
                                checkpointing=False, rope_seq_len=1024, dropout=0.1),
                    TrainingConfig(dataset_name="sotu", batch_size=8, max_length=512, learning_rate=8e-3,
-                                  min_learning_rate=0.0, weight_decay=0.1, optimizer="muon", max_steps=1500,
+                                  min_learning_rate=0.0, weight_decay=0.1, optimizer="muon", max_steps=1200,
                                   num_workers=0, eval_interval=200, eval_batches=60, save_interval=50,
                                   sample_interval=200)),
     "base": (ModelConfig(), TrainingConfig()),
