@@ -2,10 +2,13 @@
 
 An exercise is finished when its reference passes on every seed and each of its mutants fails.
 """
+import copy
 import json
+import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -148,6 +151,54 @@ def test_judging_leaves_the_random_state_alone():
     state = torch.get_rng_state()
     judge(EXERCISES["fold_gain"], EXERCISES["fold_gain"].reference)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name, fn", [
+    ("cache_bytes", lambda *sizes: float(math.prod(sizes))), ("cache_bytes", lambda *sizes: np.prod(sizes)),
+    ("half_split_order", lambda D: torch.arange(D).view(-1, 2).T.flatten()),
+    ("half_split_order", lambda D: np.arange(D).reshape(-1, 2).T.flatten()),
+    ("slice_of", lambda step, size, rank, n: torch.arange(step * size, (step + 1) * size).chunk(n)[rank]),
+    ("perplexity", lambda losses: np.exp(losses.numpy().mean())),
+    ("looks_permuted", lambda a, b, tokens: np.bool_(EXERCISES["looks_permuted"].reference(a, b, tokens))),
+    ("split_qkv", lambda qkv, H: torch.stack(EXERCISES["split_qkv"].reference(qkv, H))),
+    ("rms_backward", lambda x, g: rms_gradient(x, g, eps=1e-6)),
+    ("logits_after", lambda model, tokens, n: lens_with_rows_of_positions(model, tokens, n)),
+    ("logits_after", lambda model, tokens, n: cut_short(model, n)(tokens)),
+    ("loss_in_parts", lambda h, w, y, rows: sum(
+        (w @ a).logsumexp(0) - w[t] @ a for a, t in zip(h, y)) / len(y)),
+])
+def test_a_right_answer_of_another_kind_passes(name, fn):
+    assert [judge(EXERCISES[name], fn, seed) for seed in range(10)] == [None] * 10
+
+
+def rms_gradient(x, grad_y, eps):
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt(), x, grad_y)[0]
+
+
+def lens_with_rows_of_positions(model, tokens, n):
+    x, pos = model.embedding(tokens), torch.arange(tokens.shape[1]).expand(tokens.shape)
+    for block in model.blocks[:n]: x = block(x, pos)
+    return model.head(model.norm(x))
+
+
+def cut_short(model, n):
+    model = copy.copy(model)
+    model.blocks = model.blocks[:n]
+    return model
+
+
+@pytest.mark.parametrize("name, fn, words", [
+    ("softmax", lambda x: x.softmax(0).numpy(), "must return a tensor"),
+    ("softmax", lambda x: (v for v in x), "must return a tensor"),
+    ("undo_rope", lambda y, pos: y[:, :, :1], "shape must be"),
+    ("too_old", lambda steps, keep, best: set(steps), "must return a list"),
+    ("squared_length_weights", lambda: 5, "what it returned, 5, cannot be judged: TypeError"),
+    ("softmax", 3, "must be a function"), ("softmax", lambda x, y: x, "it raised TypeError"),
+    ("slice_of", lambda step, size, rank, n: "ab"[rank + 9] if rank else list(range(step * size,
+        step * size + size // n)), "it raised IndexError")])
+def test_a_verdict_blames_the_answer_and_not_the_judge(name, fn, words):
+    assert words in judge(EXERCISES[name], fn, 0)
 
 
 @pytest.mark.parametrize("got, wanted, words", [
