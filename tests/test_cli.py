@@ -5,6 +5,7 @@ import fcntl
 import io
 import os
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -91,8 +92,11 @@ def test_ctrl_c_stops_the_text_and_not_the_program(workplace):
 
     parent, child = pty.openpty()
     command = [sys.executable, "-m", "optimus.cli", "generate", "--max-new-tokens", "900000"]
+    def begin():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     program = subprocess.Popen(command, stdin=child, stdout=child, stderr=child, start_new_session=True,
-                               preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+                               preexec_fn=begin)
     os.close(child)
     seen = ""
 
