@@ -142,8 +142,8 @@ def trial(task: Exercise, fn: Callable, arguments: tuple) -> Any:
         got = watched(*given)
         if got is TODO or got is None and wanted is not None: return TODO
         wrong = None if task.judged_by_properties else difference(got, wanted, task.tolerance)
-        if wrong and isinstance(wanted, Tensor) and not (isinstance(got, Tensor) and got.shape == wanted.shape):
-            return f"{wrong}, for {shown(arguments)}"  # not even the kind: properties would stumble over it
+        kind = isinstance(wanted, Tensor) and not (isinstance(got, Tensor) and got.shape == wanted.shape)
+        if wrong and kind: return f"{wrong}, for {shown(arguments)}"  # properties would stumble over it
         for broken in task.properties:
             if sentence := broken(watched, *copied(arguments)): return sentence
     except Exception as error:
