@@ -533,6 +533,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'optimus.training.OneProcess.loss': ('training.html#oneprocess.loss', 'optimus/training.py'),
                                   'optimus.training.OneProcess.most': ('training.html#oneprocess.most', 'optimus/training.py'),
                                   'optimus.training.OneProcess.note': ('training.html#oneprocess.note', 'optimus/training.py'),
+                                  'optimus.training.OneProcess.noted': ('training.html#oneprocess.noted', 'optimus/training.py'),
                                   'optimus.training.OneProcess.part': ('training.html#oneprocess.part', 'optimus/training.py'),
                                   'optimus.training.OneProcess.random_state': ( 'training.html#oneprocess.random_state',
                                                                                 'optimus/training.py'),

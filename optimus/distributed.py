@@ -205,13 +205,18 @@ def join(parallel: str) -> OneProcess:
     "none" is one process alone, "ddp" a copy of the model on every rank, "fsdp" a share of it. ValueError
     when `parallel` and the way the process was started do not fit together.
     """
-    started = int(os.environ.get("WORLD_SIZE", 0))
+    size = os.environ.get("WORLD_SIZE") or "0"
+    if not size.isdecimal(): raise ValueError(f"WORLD_SIZE is {size!r}; torchrun sets it to a whole number")
+    started = int(size)
     if parallel == "none":
         if started > 1: raise ValueError(f"torchrun started {started} processes, but training.parallel is "
                                          "'none': add --training.parallel ddp (or fsdp)")
         return ONE_PROCESS
     if not started: raise ValueError(f"training.parallel is {parallel!r}, which needs torchrun: torchrun "
                                      "--nproc-per-node=N -m optimus.cli train ...")
+    names = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in names if name not in os.environ]:
+        raise ValueError(f"WORLD_SIZE is {size}, but {', '.join(missing)} not set: start it with torchrun")
     device, local = torch.device("cpu"), int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():

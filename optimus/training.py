@@ -115,6 +115,10 @@ class OneProcess:
     def note(self, run_name: str) -> None:
         """Remember the run's name for processes that are started again after a rank was lost."""
 
+    def noted(self) -> str | None:
+        """What was noted before this start; one process alone notes nothing."""
+        return None
+
     def random_state(self) -> dict[str, Any]:
         """The state of the random generators, of all ranks."""
         return {"cpu": torch.get_rng_state(),

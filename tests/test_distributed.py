@@ -18,6 +18,7 @@ from rank_worker import run as run_job
 from optimus import ModelConfig, TrainingConfig, train
 from optimus.checkpoint import load_checkpoint, problem, step_folders
 from optimus.distributed import join, starts_before
+from optimus.training import ONE_PROCESS
 
 ROOT = Path(__file__).resolve().parent.parent
 DDP, FSDP, DROPOUT = dict(parallel="ddp"), dict(parallel="fsdp"), dict(dropout=0.2)
@@ -291,3 +292,18 @@ def test_a_second_start_by_torchrun_is_noticed(monkeypatch):
     assert not starts_before()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert starts_before() == 1
+
+
+@pytest.mark.parametrize("environment, words", [
+    ({"WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc'"), ({"WORLD_SIZE": "-1"}, "WORLD_SIZE is '-1'"),
+    ({"WORLD_SIZE": ""}, "needs torchrun"), ({"WORLD_SIZE": "2"}, "RANK.*not set.*torchrun"),
+    ({"WORLD_SIZE": "2", "RANK": "0"}, "LOCAL_RANK.*not set.*torchrun")])
+def test_an_environment_that_torchrun_did_not_make_is_refused_in_a_sentence(monkeypatch, environment, words):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items(): monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=words): join("ddp")
+
+
+def test_one_process_that_torchrun_started_again_has_noted_no_run():
+    assert ONE_PROCESS.noted() is None  # the command line asks it when TORCHELASTIC_RESTART_COUNT is set
