@@ -65,7 +65,7 @@ class Bench:
     """Whose model is measured."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     quick: bool = False
-    """Short contexts and few rounds: about a minute instead of several."""
+    """Short contexts and few rounds."""
     json: Path | None = None
     """Write the numbers to this file as well."""
 

@@ -281,7 +281,7 @@ class FixedView:
 
 def layer_stores(cache: Cache, i: int) -> tuple[Tensor, ...]:
     """The tensors of layer i, (B, max_length, ...) each; a CUDA graph may write into them where they are."""
-    stores = tuple(store[i] for store in cache.stores)
+    stores = tuple(cache.layer(i).stores)
     for store in stores:
         if store.is_cuda: torch._dynamo.mark_static_address(store)
     return stores
