@@ -138,10 +138,12 @@ class WideEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor: return F.embedding(ids, self.weight).to(self.dtype)
 
 # %% ../notebooks/10_sampling.ipynb #74410d50
-def inference_copy(model: LanguageModel, weights: torch.dtype, dtype: torch.dtype) -> LanguageModel:
+def inference_copy(model: LanguageModel, weights: torch.dtype, dtype: torch.dtype,
+                   smallest: int = 1) -> LanguageModel:
     """`model` in eval mode, its matrices kept in `weights`, everything computed in `dtype`.
 
-    A matrix that has the dtype already is shared, not copied; so is a tied embedding.
+    A matrix that has the dtype already is shared, not copied; so is a tied embedding. Linear layers of at
+    least `smallest` weights become a RowLinear.
     """
     changed = {id(p): nn.Parameter(p.detach().to(weights if p.ndim > 1 else dtype), requires_grad=False)
                for p in model.parameters()}
@@ -150,7 +152,8 @@ def inference_copy(model: LanguageModel, weights: torch.dtype, dtype: torch.dtyp
     room = torch.empty(max(2**20, widest), dtype=dtype)  # 4 MB in float32
     for module in list(twin.modules()):
         for name, part in module.named_children():
-            if isinstance(part, nn.Linear): setattr(module, name, RowLinear(part.weight, room))
+            if isinstance(part, nn.Linear) and part.weight.numel() >= smallest:
+                setattr(module, name, RowLinear(part.weight, room))
             if isinstance(part, nn.Embedding): setattr(module, name, WideEmbedding(part.weight, dtype))
     return twin
 
@@ -159,7 +162,7 @@ def for_decoding(model: nn.Module) -> nn.Module:
     if type(model) is not LanguageModel or not torch.backends.mkl.is_available(): return model
     w = model.embedding.weight
     if w.device.type != "cpu" or w.dtype != torch.float32: return model
-    return inference_copy(model, w.dtype, w.dtype)
+    return inference_copy(model, w.dtype, w.dtype, smallest=2**18)  # below, starting it costs more
 
 # %% ../notebooks/10_sampling.ipynb #da3ff195
 class Context:
