@@ -3,6 +3,7 @@
 Two real ranks under torchrun with gloo train the tiny model of fork_server.py. Starting them is slow, so one
 start serves the runs of a whole plan; each test looks at the runs it is for.
 """
+import functools
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import pickle
 import re
 import subprocess
 import sys
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import pytest
@@ -263,12 +265,12 @@ def test_an_error_travels_as_it_is_or_at_least_with_its_words(monkeypatch):
            UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")]
 
     class Local(Exception): pass
+    def overwrite(sent, answer, **how): answer[:] = [None, sent]
     words = Words.__new__(Words)
     words.rank, words.words = 1, None
     for error, told in [(e, e) for e in odd] + [(Local("here only"), RuntimeError("Local: here only"))]:
-        sent = pickle.dumps([None, portable(error)])  # what rank 0 would send
-        monkeypatch.setattr(dist, "broadcast_object_list",
-                            lambda answer, **how: answer.__setitem__(slice(None), pickle.loads(sent)))
+        sent = ForkingPickler.loads(pickle.dumps(portable(error)))  # what rank 0 would send
+        monkeypatch.setattr(dist, "broadcast_object_list", functools.partial(overwrite, sent))
         with pytest.raises(type(told)) as raised: words.first(None)
         assert str(raised.value) == str(told) and raised.value.told
 
