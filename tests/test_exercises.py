@@ -42,7 +42,7 @@ def test_a_stub_neither_passes_nor_raises(name, capsys):
     assert check(name, lambda *arguments: todo()) is False
     assert "not yet yours" in capsys.readouterr().out
     assert check(name, lambda *arguments: None) is False
-    if name != "write_safely": assert "not yet yours" in capsys.readouterr().out  # its answer returns nothing
+    if name != "write_safely": assert "a `return` missing?" in capsys.readouterr().out  # it returns nothing
     assert exercises.passed() == set()
 
 
@@ -137,14 +137,29 @@ def test_an_interrupt_goes_through():
 
 def test_an_unknown_name_is_refused_with_close_ones():
     with pytest.raises(ValueError, match="'entropi'.*entropy"): check("entropi", None)
-    with pytest.raises(ValueError, match="no exercise"): hint("zzz")
+    with pytest.raises(ValueError, match=r"no exercise 'zzz'; progress\(\) shows all"): hint("zzz")
 
 
-def test_hints_are_numbered(capsys):
-    hint("softmax")
-    hint("softmax", 99)
-    first, last = capsys.readouterr().out.splitlines()
-    assert first.startswith("hint 1 of 2") and last.startswith("hint 2 of 2") and first != last
+def test_an_empty_book_says_where_the_full_one_is(monkeypatch):
+    monkeypatch.setattr(exercises, "EXERCISES", {})
+    with pytest.raises(ValueError, match="from optimus.exercises import check, hint"): hint("softmax")
+
+
+def test_an_exercise_may_be_written_again_but_not_over_another():
+    task = EXERCISES["softmax"]
+    parts = {k: getattr(task, k) for k in ("inputs", "hints", "mutants", "properties")}
+    exercises.exercise("softmax", task.notebook, task.statement, task.reference, **parts)  # as its cell does
+    assert EXERCISES["softmax"] == task
+    with pytest.raises(AssertionError, match="softmax names another"):
+        exercises.exercise("softmax", task.notebook, "something else", task.reference, **parts)
+
+
+def test_hints_come_one_after_the_other_or_by_number(capsys, monkeypatch):
+    monkeypatch.setattr(exercises, "HINTED", {})
+    for number in (None, None, None, 1, 99, 0, None): hint("softmax", number)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[5:11] for line in lines] == [f"{n} of 2" for n in (1, 2, 2, 1, 2, 2, 2)]
+    assert len(set(lines)) == 2
 
 
 def test_judging_leaves_the_random_state_alone():

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,15 @@ def test_public_names_are_documented():
     assert len(names) == len(set(names)) >= 20
     undocumented = [n for n in names if callable(getattr(optimus, n)) and not getattr(optimus, n).__doc__]
     assert undocumented == []
+
+
+def test_notebooks_need_no_more_than_the_plain_install():
+    """A learner runs `pip install -e .`: what only the dev extra brings would stop a notebook."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    installed = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in project["dependencies"]}
+    allowed = installed | set(sys.stdlib_module_names) | {"optimus", "IPython", "nbformat"}  # jupyterlab's own
+    for path in NOTEBOOKS:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+        used = {m[1] for m in re.finditer(r"^ *(?:import|from) (\w+)", text, re.M)}
+        assert used <= allowed, f"{path.name} needs {sorted(used - allowed)}"

@@ -569,7 +569,8 @@ def test_a_micro_batch_given_on_resume_wins(go, monkeypatch):
 
 
 @pytest.mark.parametrize("asked, now, used", [(None, None, 2), (None, 4, 4), (4, 4, 2), (4, None, 4)])
-def test_what_did_not_fit_counts_for_the_setting_it_was_tried_with(go, tmp_path, monkeypatch, asked, now, used):
+def test_what_did_not_fit_counts_for_the_setting_it_was_tried_with(
+        go, tmp_path, monkeypatch, asked, now, used):
     go("run", stop=2, micro_batch_size=asked)
     def no_memory(*a): raise torch.OutOfMemoryError("pretended")  # not to be cured alone, as on several ranks
     with monkeypatch.context() as broken, pytest.raises(torch.OutOfMemoryError):
