@@ -14,9 +14,9 @@ tokens for the same seed, with a cache and without."""
 
 # %% auto #0
 __all__ = ['MAX_NEW_TOKENS', 'apply_temperature', 'keep_top_k', 'keep_top_p', 'keep_min_p', 'is_whole', 'is_number',
-           'check_settings', 'next_token_probabilities', 'evaluating', 'Context', 'Sampler', 'check_prompt',
-           'check_eos', 'generate', 'next_piece', 'text_pieces', 'encode_prompt', 'stream', 'drawn_until', 'FixedView',
-           'layer_stores', 'RowLinear', 'WideEmbedding', 'inference_copy', 'CompiledDecoder']
+           'check_settings', 'next_token_probabilities', 'evaluating', 'RowLinear', 'WideEmbedding', 'inference_copy',
+           'for_decoding', 'Context', 'Sampler', 'check_prompt', 'check_eos', 'generate', 'next_piece', 'text_pieces',
+           'encode_prompt', 'stream', 'drawn_until', 'FixedView', 'layer_stores', 'CompiledDecoder']
 
 # %% ../notebooks/10_sampling.ipynb #4f6cfa2e
 import copy
@@ -107,6 +107,63 @@ def evaluating(model: nn.Module):
     finally:
         for module, mode in modes: module.training = mode
 
+# %% ../notebooks/10_sampling.ipynb #4ea8b550
+class RowLinear(nn.Module):
+    """x @ weight.T without a bias. A single row on a CPU is multiplied and summed, block by block.
+
+    `room` holds the products of a block, and stays in the processor's cache. (..., C) -> (..., R).
+    """
+    def __init__(self, weight: nn.Parameter, room: Tensor):
+        super().__init__()
+        self.weight, self.room = weight, room  # (R, C), perhaps narrower than x; at least (C,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda or x.numel() > x.shape[-1]: return F.linear(x, self.weight.to(x.dtype))
+        row = x.flatten()  # (C,)
+        if torch.compiler.is_compiling(): y = (self.weight * row).sum(-1)  # becomes one loop
+        else: y = torch.cat([self.products(W, row).sum(-1) for W in self.blocks()])
+        return y.view(*x.shape[:-1], -1)
+
+    def blocks(self): return self.weight.split(len(self.room) // self.weight.shape[1])  # (rows, C) each
+
+    def products(self, W: Tensor, row: Tensor) -> Tensor:
+        return torch.mul(W, row, out=self.room[:W.numel()].view_as(W))
+
+class WideEmbedding(nn.Module):
+    """Rows of `weight` as `dtype`: ids (...) -> (..., C)."""
+    def __init__(self, weight: nn.Parameter, dtype: torch.dtype):
+        super().__init__()
+        self.weight, self.dtype = weight, dtype
+
+    def forward(self, ids: Tensor) -> Tensor: return F.embedding(ids, self.weight).to(self.dtype)
+
+# %% ../notebooks/10_sampling.ipynb #74410d50
+def inference_copy(model: LanguageModel, weights: torch.dtype, dtype: torch.dtype,
+                   smallest: int = 1) -> LanguageModel:
+    """`model` in eval mode, its matrices kept in `weights`, everything computed in `dtype`.
+
+    A matrix that has the dtype already is shared, not copied; so is a tied embedding. Linear layers of at
+    least `smallest` weights become a RowLinear.
+    """
+    changed = {id(p): nn.Parameter(p.detach().to(weights if p.ndim > 1 else dtype), requires_grad=False)
+               for p in model.parameters()}
+    twin = copy.deepcopy(model, changed).eval()  # whoever held p holds changed[id(p)]
+    widest = max(p.shape[-1] for p in twin.parameters())
+    room = torch.empty(max(2**20, widest), dtype=dtype)  # 4 MB in float32
+    for module in list(twin.modules()):
+        for name, part in module.named_children():
+            if isinstance(part, nn.Linear) and part.weight.numel() >= smallest:
+                setattr(module, name, RowLinear(part.weight, room))
+            if isinstance(part, nn.Embedding): setattr(module, name, WideEmbedding(part.weight, dtype))
+    return twin
+
+def for_decoding(model: nn.Module) -> nn.Module:
+    """What `generate` asks in the model's place: in float32 on a CPU with MKL a twin of the same weights."""
+    if type(model) is not LanguageModel or not torch.backends.mkl.is_available(): return model
+    w = model.embedding.weight
+    if w.device.type != "cpu" or w.dtype != torch.float32: return model
+    return inference_copy(model, w.dtype, w.dtype, smallest=2**18)  # below, starting it costs more
+
 # %% ../notebooks/10_sampling.ipynb #da3ff195
 class Context:
     """B rows of tokens, and what the model says after them: `look` asks it, `append` makes them longer.
@@ -117,7 +174,7 @@ class Context:
     def __init__(self, model: nn.Module, tokens: Tensor, max_new_tokens: int, use_cache: bool,
                  vocab_size: int | None = None):
         B, self.end = tokens.shape
-        self.model, self.vocab_size, self.said = model, vocab_size, None
+        self.model, self.vocab_size, self.said = for_decoding(model), vocab_size, None
         self.device = next((p.device for p in model.parameters()), tokens.device)
         self.tokens = torch.cat([tokens, tokens.new_zeros(B, max_new_tokens)], 1).to(self.device)
         self.window, self.start, self.seen = model.config.rope_seq_len, 0, 0  # `seen`: tokens in the cache
@@ -285,40 +342,6 @@ def layer_stores(cache: Cache, i: int) -> tuple[Tensor, ...]:
     for store in stores:
         if store.is_cuda: torch._dynamo.mark_static_address(store)
     return stores
-
-# %% ../notebooks/10_sampling.ipynb #4ea8b550
-class RowLinear(nn.Module):
-    """x @ weight.T, no bias; for a single row on a CPU a loop for the compiler. (..., C) -> (..., R)."""
-    def __init__(self, weight: nn.Parameter):
-        super().__init__()
-        self.weight = weight  # (R, C), perhaps narrower than x
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda or x.numel() > x.shape[-1]: return F.linear(x, self.weight.to(x.dtype))
-        return (self.weight * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
-
-class WideEmbedding(nn.Module):
-    """Rows of `weight` as `dtype`: ids (...) -> (..., C)."""
-    def __init__(self, weight: nn.Parameter, dtype: torch.dtype):
-        super().__init__()
-        self.weight, self.dtype = weight, dtype
-
-    def forward(self, ids: Tensor) -> Tensor: return F.embedding(ids, self.weight).to(self.dtype)
-
-# %% ../notebooks/10_sampling.ipynb #74410d50
-def inference_copy(model: LanguageModel, weights: torch.dtype, dtype: torch.dtype) -> LanguageModel:
-    """`model` in eval mode, its matrices kept in `weights`, everything computed in `dtype`.
-
-    A matrix that has the dtype already is shared, not copied; so is a tied embedding.
-    """
-    changed = {id(p): nn.Parameter(p.detach().to(weights if p.ndim > 1 else dtype), requires_grad=False)
-               for p in model.parameters()}
-    twin = copy.deepcopy(model, changed).eval()  # whoever held p holds changed[id(p)]
-    for module in list(twin.modules()):
-        for name, part in module.named_children():
-            if isinstance(part, nn.Linear): setattr(module, name, RowLinear(part.weight))
-            if isinstance(part, nn.Embedding): setattr(module, name, WideEmbedding(part.weight, dtype))
-    return twin
 
 # %% ../notebooks/10_sampling.ipynb #c08e5d17
 class CompiledDecoder(nn.Module):

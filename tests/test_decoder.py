@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from optimus import LanguageModel, ModelConfig, generate
-from optimus.generation import CompiledDecoder, FixedView, RowLinear, inference_copy
+from optimus.generation import (CompiledDecoder, Context, FixedView, RowLinear, for_decoding,
+                                inference_copy)
 
 KINDS = pytest.mark.parametrize("kind", ["mla", "gqa"])
 
@@ -115,12 +116,43 @@ def test_too_much_is_refused_in_the_models_words(graphs):
     with pytest.raises(ValueError, match="max_length=1"): decoder(token, small)
 
 
-def test_a_row_product_is_a_linear_layer():
+@pytest.mark.parametrize("room", [7, 13, 14, 20, 35, 1000])  # 1, 1, 2, 2, 5 and more rows than there are
+def test_a_row_product_is_a_linear_layer(room):
     torch.manual_seed(0)
-    linear = torch.nn.Linear(7, 5, bias=False)
+    linear = torch.nn.Linear(7, 5, bias=False).requires_grad_(False)
+    narrow = torch.nn.Parameter(linear.weight.bfloat16(), requires_grad=False)
     for shape in ((1, 1, 7), (7,), (2, 3, 7)):
         x = torch.randn(shape)
-        torch.testing.assert_close(RowLinear(linear.weight)(x), linear(x))
+        torch.testing.assert_close(RowLinear(linear.weight, torch.empty(room))(x), linear(x))
+        torch.testing.assert_close(RowLinear(narrow, torch.empty(room))(x), x @ narrow.float().T)
+
+
+def test_generate_asks_a_twin_of_the_same_weights_and_mode_and_weights_stay_the_models(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    model = make(vocab_size=2**14).train()
+    twin = for_decoding(model)
+    assert isinstance(twin.head, RowLinear) and isinstance(model.head, torch.nn.Linear)
+    assert isinstance(twin.blocks[0].feedforward.up_proj, torch.nn.Linear)  # too small to pay
+    assert {p.data_ptr() for p in twin.parameters()} == {p.data_ptr() for p in model.parameters()}
+    assert model.training and not twin.training and all(p.requires_grad for p in model.parameters())
+    tokens = torch.randint(61, (1, 12))
+    cache, whole = twin.new_cache(1, 12), model.eval()(tokens)
+    for t in range(12):
+        torch.testing.assert_close(twin(tokens[:, t:t + 1], cache)[:, 0], whole[:, t], rtol=1e-4, atol=1e-4)
+    with torch.no_grad(): model.head.weight.mul_(0.5)  # a training step later
+    torch.testing.assert_close(twin(tokens), model(tokens), rtol=1e-4, atol=1e-4)
+    assert isinstance(Context(model, tokens, 3, True).model.head, RowLinear)
+
+
+def test_the_twin_is_made_only_where_it_pays(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    others = make().double(), make().bfloat16(), make().to("meta"), torch.nn.Linear(2, 2)
+    assert all(for_decoding(model) is model for model in others)
+    decoder = CompiledDecoder(make())
+    assert for_decoding(decoder) is decoder
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    model = make()
+    assert for_decoding(model) is model
 
 
 def test_a_fixed_view_writes_at_pos_and_shows_as_many_slots_as_asked():
