@@ -188,6 +188,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'optimus.distributed.join': ('scale_out.html#join', 'optimus/distributed.py'),
                                      'optimus.distributed.meet': ('scale_out.html#meet', 'optimus/distributed.py'),
                                      'optimus.distributed.memory_per_rank': ('scale_out.html#memory_per_rank', 'optimus/distributed.py'),
+                                     'optimus.distributed.portable': ('scale_out.html#portable', 'optimus/distributed.py'),
                                      'optimus.distributed.starts_before': ('scale_out.html#starts_before', 'optimus/distributed.py')},
             'optimus.exercises': { 'optimus.exercises.CrashingFolder': ('start_here.html#crashingfolder', 'optimus/exercises.py'),
                                    'optimus.exercises.CrashingFolder.__init__': ( 'start_here.html#crashingfolder.__init__',

@@ -528,7 +528,8 @@ class Loop:
         rate = learning_rate_at(run.updates, self.steps, round(config.warmup * self.steps), peak, floor)
         try: row = train_step(run, tokens, targets, config, rate, self.context)
         except torch.OutOfMemoryError:  # for all ranks, when they start again
-            (self.folder / "micro_batch_size").write_text(str((run.micro_batch_size + 1) // 2))
+            smaller = {"asked": config.micro_batch_size, "fits": (run.micro_batch_size + 1) // 2}
+            (self.folder / "micro_batch_size").write_text(json.dumps(smaller))
             raise
         run.step += 1
         speed = speed_and_memory(tokens.numel() * run.spread.ranks, time.perf_counter() - began, self.device)
@@ -632,7 +633,9 @@ def train(model_config: ModelConfig, training_config: TrainingConfig, *, resume:
     with torch.random.fork_rng(own), StopRequest() as stop:  # the caller's random state is left as it was
         run = start_run(model_config, config, device, saved, facts, spread)
         limit = folder / "micro_batch_size"
-        if limit.is_file(): run.micro_batch_size = min(run.micro_batch_size, int(limit.read_text()))
+        smaller = json.loads(limit.read_text()) if limit.is_file() else {"asked": "nothing yet"}
+        if smaller["asked"] == config.micro_batch_size:  # not what another setting could not hold
+            run.micro_batch_size = min(run.micro_batch_size, smaller["fits"])
         steps = total_steps(config, sequences)
         loop = Loop(run, config, device, folder, facts, tokenizer, prepared, steps, say, on_step, saved)
         loop.go(sequences, stop, progress)

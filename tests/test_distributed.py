@@ -3,21 +3,25 @@
 Two real ranks under torchrun with gloo train the tiny model of fork_server.py. Starting them is slow, so one
 start serves the runs of a whole plan; each test looks at the runs it is for.
 """
+import functools
 import json
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from rank_worker import run as run_job
 
 from optimus import ModelConfig, TrainingConfig, train
 from optimus.checkpoint import load_checkpoint, problem, step_folders
-from optimus.distributed import join, starts_before
+from optimus.distributed import Words, join, portable, starts_before
 from optimus.training import ONE_PROCESS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -254,6 +258,21 @@ def test_a_killed_rank_and_memory_lost_in_backward_start_all_again(tmp_path, sin
         assert result["memory"]["state"]["micro_batch_size"] == 1
     saved = tmp_path / "checkpoints" / "killed"
     assert [p.name[-2:] for p in step_folders(saved)][-1] == "20"
+
+
+def test_an_error_travels_as_it_is_or_at_least_with_its_words(monkeypatch):
+    odd = [KeyError("x"), OSError(2, "missing", "a.txt"), json.JSONDecodeError("bad", "{", 1),
+           UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")]
+
+    class Local(Exception): pass
+    def overwrite(sent, answer, **how): answer[:] = [None, sent]
+    words = Words.__new__(Words)
+    words.rank, words.words = 1, None
+    for error, told in [(e, e) for e in odd] + [(Local("here only"), RuntimeError("Local: here only"))]:
+        sent = ForkingPickler.loads(pickle.dumps(portable(error)))  # what rank 0 would send
+        monkeypatch.setattr(dist, "broadcast_object_list", functools.partial(overwrite, sent))
+        with pytest.raises(type(told)) as raised: words.first(None)
+        assert str(raised.value) == str(told) and raised.value.told
 
 
 # The command line

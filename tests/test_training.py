@@ -568,6 +568,20 @@ def test_a_micro_batch_given_on_resume_wins(go, monkeypatch):
     assert seen == [1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("asked, now, used", [(None, None, 2), (None, 4, 4), (4, 4, 2), (4, None, 4)])
+def test_what_did_not_fit_counts_for_the_setting_it_was_tried_with(go, tmp_path, monkeypatch, asked, now, used):
+    go("run", stop=2, micro_batch_size=asked)
+    def no_memory(*a): raise torch.OutOfMemoryError("pretended")  # not to be cured alone, as on several ranks
+    with monkeypatch.context() as broken, pytest.raises(torch.OutOfMemoryError):
+        broken.setattr(training, "train_step", no_memory)
+        go("run", resume=True, micro_batch_size=asked)
+    assert (tmp_path / "checkpoints" / "run" / "micro_batch_size").is_file()
+    original, seen = LanguageModel.loss, []
+    monkeypatch.setattr(LanguageModel, "loss", lambda self, x, y: seen.append(len(x)) or original(self, x, y))
+    go("run", resume=True, stop=3, micro_batch_size=now)
+    assert seen[:4 // used] == [used] * (4 // used)
+
+
 def test_two_runs_in_one_tensorboard_folder_show_one_curve(go, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
