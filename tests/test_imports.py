@@ -77,7 +77,7 @@ def test_notebooks_need_no_more_than_the_plain_install():
     """A learner runs `pip install -e .`: what only the dev extra brings would stop a notebook."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     installed = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in project["dependencies"]}
-    brought = {"IPython", "nbformat", "huggingface_hub"}  # by jupyterlab and transformers
+    brought = {"IPython", "nbformat", "traitlets", "huggingface_hub"}  # by jupyterlab and transformers
     for path in NOTEBOOKS:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
