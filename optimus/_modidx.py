@@ -580,6 +580,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'optimus.training.set_aside_newer': ('training.html#set_aside_newer', 'optimus/training.py'),
                                   'optimus.training.speed_and_memory': ('training.html#speed_and_memory', 'optimus/training.py'),
                                   'optimus.training.start_run': ('training.html#start_run', 'optimus/training.py'),
+                                  'optimus.training.tensor_cores': ('training.html#tensor_cores', 'optimus/training.py'),
                                   'optimus.training.tokenize': ('training.html#tokenize', 'optimus/training.py'),
                                   'optimus.training.total_steps': ('training.html#total_steps', 'optimus/training.py'),
                                   'optimus.training.train': ('training.html#train', 'optimus/training.py'),

@@ -568,6 +568,21 @@ def test_a_micro_batch_given_on_resume_wins(go, monkeypatch):
     assert seen == [1, 1, 1, 1]
 
 
+def test_tf32_is_allowed_only_inside_a_mixed_precision_run_on_cuda(go, monkeypatch):
+    now = torch.get_float32_matmul_precision
+    for dtype, device, wanted in ((torch.bfloat16, "cuda", "high"), (None, "cuda", "highest"),
+                                  (torch.bfloat16, "cpu", "highest")):
+        with pytest.raises(KeyError), training.tensor_cores(dtype, torch.device(device)):
+            assert now() == wanted
+            raise KeyError
+        assert now() == "highest"
+    asked = []
+    real = training.tensor_cores
+    monkeypatch.setattr(training, "tensor_cores", lambda *how: asked.append(how) or real(*how))
+    go("run", stop=1, amp="bf16")
+    assert asked == [(torch.bfloat16, torch.device("cpu"))]
+
+
 @pytest.mark.parametrize("asked, now, used", [(None, None, 2), (None, 4, 4), (4, 4, 2), (4, None, 4)])
 def test_what_did_not_fit_counts_for_the_setting_it_was_tried_with(
         go, tmp_path, monkeypatch, asked, now, used):
