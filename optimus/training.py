@@ -639,7 +639,7 @@ def train(model_config: ModelConfig, training_config: TrainingConfig, *, resume:
     saved = spread.first(lambda: latest_checkpoint(folder) if resume else None)
     own = [device] if device.type == "cuda" else []
     precision = amp_dtype(config.amp, device)
-    with torch.random.fork_rng(own), tensor_cores(precision, device), StopRequest() as stop:  # as it was, after
+    with torch.random.fork_rng(own), tensor_cores(precision, device), StopRequest() as stop:
         run = start_run(model_config, config, device, saved, facts, spread)
         limit = folder / "micro_batch_size"
         smaller = json.loads(limit.read_text()) if limit.is_file() else {"asked": "nothing yet"}

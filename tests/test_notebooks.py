@@ -1,6 +1,7 @@
 """Notebooks are valid, clean, built to one pattern, and their links lead somewhere. (nbval runs them.)"""
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import nbformat
 import pytest
 from clean_notebooks import clean
+from colab import BADGE, repository, write_badges
+from IPython.core.inputtransformer2 import TransformerManager
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -116,3 +119,31 @@ def test_a_notebook_run_twice_in_one_kernel_gives_the_same_numbers():
     first, second = nb.cells[:len(once)], nb.cells[len(once):]
     def shown(cell): return [o.get("data", o.get("text")) for o in cell.outputs]
     for a, b in zip(first, second, strict=True): assert shown(a) == shown(b), a.source
+
+
+@each
+def test_a_badge_opens_it_in_colab_where_the_repository_has_an_address(path):
+    address = repository(ROOT / "pyproject.toml")
+    wanted = BADGE.format(address=address, name=path.name) if address else None
+    assert [source(c) for c in all_cells(path) if c["id"] == "colab-badge"] == ([wanted] if wanted else [])
+
+
+def test_badges_keep_every_notebook_to_the_pattern_and_installing_does_nothing_here(tmp_path):
+    for path in NOTEBOOKS: shutil.copy(path, tmp_path)
+    write_badges(tmp_path, "first/name")
+    once = None
+    for _ in range(2):  # a second time changes nothing
+        write_badges(tmp_path, "someone/optimus")
+        texts = [path.read_text(encoding="utf-8") for path in sorted(tmp_path.glob("*.ipynb"))]
+        assert once in (None, texts)
+        once = texts
+    for path, before in zip(sorted(tmp_path.glob("*.ipynb")), NOTEBOOKS, strict=True):
+        test_valid_and_clean(path)
+        test_pattern(path)
+        assert [c for c in all_cells(path) if not c["id"].startswith("colab-")] == all_cells(before)
+        text = path.read_text(encoding="utf-8")
+        assert f"github/someone/optimus/blob/main/notebooks/{path.name})" in text
+        assert "first/name" not in text
+        [install] = [source(c) for c in all_cells(path) if c["id"] == "colab-install"]
+        plain = TransformerManager().transform_cell(install)
+        exec(plain, {})  # noqa: S102  without get_ipython a shell command would fail
