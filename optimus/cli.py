@@ -2,6 +2,7 @@
 import contextlib
 import importlib
 import io
+import json
 import re
 import shlex
 import sys
@@ -15,12 +16,12 @@ import tyro
 
 import optimus
 from optimus import ModelConfig, TrainingConfig
-from optimus.checkpoint import CheckpointError, latest_checkpoint
+from optimus.checkpoint import CheckpointError, latest_checkpoint, step_folders
 from optimus.config import PRESETS
 from optimus.data import cache_folder, shipped_models
 from optimus.distributed import join, starts_before
 from optimus.generation import check_settings
-from optimus.training import best_device
+from optimus.training import best_device, run_folder
 
 CHECKPOINTS = TrainingConfig.checkpoint_dir
 
@@ -34,7 +35,7 @@ class Train:
     corpus: str | None = None
     """sotu (built in), wikimedia/wikipedia, or a .txt, .jsonl or .parquet file or folder."""
     resume: bool = False
-    """Continue the newest run, or the one named by --training.run-name."""
+    """Continue the newest run, or the one named by --training.run-name, with its settings; flags win."""
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
@@ -127,11 +128,28 @@ def parse(argv: list[str]) -> Train | Generate | Export | Bench | Info:
 
 
 def train_defaults(argv: list[str]) -> Train:
-    """The settings that the flags start from: those of --preset, read ahead of the rest."""
+    """The settings that the flags start from: the saved run's with --resume alone, else those of a preset."""
     words = [part for word in argv for part in word.split("=", 1)]
-    chosen = words[words.index("--preset") + 1] if "--preset" in words[:-1] else "auto"
+    given = {flag.replace("_", "-"): value for flag, value in zip(words, [*words[1:], ""])}
+    if argv[:1] == ["train"] and "--resume" in given and not {"--preset", "-h", "--help"} & given.keys():
+        root, name = given.get("--training.checkpoint-dir", CHECKPOINTS), given.get("--training.run-name")
+        saved = saved_settings(run_folder(TrainingConfig(checkpoint_dir=root, run_name=name), resume=True))
+        if saved: return saved
+    chosen = given.get("--preset")
     model, training = PRESETS[chosen if chosen in PRESETS else automatic_preset()]
     return Train(model=model, training=training)
+
+
+def saved_settings(run: Path) -> Train | None:
+    """The settings of a run as its newest checkpoint tells them; None where no checkpoint does."""
+    for checkpoint in reversed(step_folders(run)):
+        try:
+            state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+            model, training = state["model_config"], state["training_config"]
+        except (OSError, ValueError, KeyError): continue  # damaged: `optimus.train` says so
+        training = training | {"checkpoint_dir": str(run.parent), "run_name": run.name}
+        return Train(model=ModelConfig.from_dict(model), training=TrainingConfig.from_dict(training))
+    return None
 
 
 def automatic_preset() -> str: return "base" if best_device().type == "cuda" else "tiny"
@@ -143,19 +161,22 @@ def train(command: Train, argv: list[str]) -> int:
     spread = join(config.parallel)
     device = spread.device or best_device()
     tell = print if spread.rank == 0 else lambda *text: None
-    name, why = command.preset, ""
-    if name == "auto":
-        name = automatic_preset()
-        why = f" (chosen because there is {'a' if device.type == 'cuda' else 'no'} CUDA GPU)"
-    where = f"{spread.ranks} ranks ({config.parallel}) of {device.type}" if spread.ranks > 1 else device
-    tell(f"preset {name}{why}: {model.attention.upper()} with {model.num_layers} layers "
-         f"of width {model.embedding_dim}, {config.max_length} tokens a sequence, "
-         f"{config.batch_size} sequences a step, corpus {config.dataset_name}, on {where}")
     begun = spread.noted() if starts_before() else None
     if begun: config = replace(config, run_name=begun)
+    resume = command.resume or begun is not None
+    source = f"preset {command.preset}"
+    if command.preset == "auto":
+        why = f"chosen because there is {'a' if device.type == 'cuda' else 'no'} CUDA GPU"
+        source = f"preset {automatic_preset()} ({why})"
+    if resume:
+        run = run_folder(config, resume=True)
+        source = f"continuing {run}" if step_folders(run) else f"{run} has no checkpoint yet: {source}"
+    where = f"{spread.ranks} ranks ({config.parallel}) of {device.type}" if spread.ranks > 1 else device
+    tell(f"{source}: {model.attention.upper()} with {model.num_layers} layers "
+         f"of width {model.embedding_dim}, {config.max_length} tokens a sequence, "
+         f"{config.batch_size} sequences a step, corpus {config.dataset_name}, on {where}")
     say = say_above_the_bar if spread.rank == 0 else lambda text: None
-    result = optimus.train(model, config, resume=command.resume or begun is not None, say=say,
-                           spread=spread, progress=spread.rank == 0)
+    result = optimus.train(model, config, resume=resume, say=say, spread=spread, progress=spread.rank == 0)
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
     last = result.history[-1]
     if result.stopped_by:
@@ -285,8 +306,6 @@ def line_history(path: Path):
 
 
 def bench(command: Bench) -> int:
-    import json
-
     from optimus import benchmark
     device = best_device() if command.device == "auto" else torch.device(command.device)
     if device.type == "cuda" and not torch.cuda.is_available():
