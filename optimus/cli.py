@@ -1,5 +1,6 @@
 """The command line: parse, call, print. Everything it calls is exported from a notebook."""
 import contextlib
+import difflib
 import importlib
 import io
 import json
@@ -7,7 +8,8 @@ import re
 import shlex
 import sys
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,6 +26,7 @@ from optimus.generation import check_settings
 from optimus.training import best_device, run_folder
 
 CHECKPOINTS = TrainingConfig.checkpoint_dir
+NAMES = ("train", "generate", "export", "bench", "info")
 
 
 @dataclass
@@ -91,6 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
+        if argv == ["--version"]: return print(f"optimus {version('optimus')}") or 0
         command = parse(argv)
         if isinstance(command, Train): return train(command, argv)
         if isinstance(command, Bench): return bench(command)
@@ -109,6 +113,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str]) -> Train | Generate | Export | Bench | Info:
     """The command that the words ask for; a bad flag or value ends the program with code 2 and a sentence."""
+    if argv and argv[0] not in (*NAMES, "-h", "--help"):
+        refuse(f"no command {argv[0]}; there are {', '.join(NAMES)}; see optimus --help")
     commands = (Annotated[Train, tyro.conf.subcommand("train", default=train_defaults(argv))]
                 | Annotated[Generate, tyro.conf.subcommand("generate")]
                 | Annotated[Export, tyro.conf.subcommand("export")]
@@ -117,14 +123,47 @@ def parse(argv: list[str]) -> Train | Generate | Export | Bench | Info:
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(commands, prog="optimus", args=argv, config=(tyro.conf.OmitSubcommandPrefixes,),
-                            description="Train, run, export and inspect small language models.")
+            command, unknown = tyro.cli(
+                commands, prog="optimus", args=argv, config=(tyro.conf.OmitSubcommandPrefixes,),
+                return_unknown_args=True, description="Train, run, export and inspect small language models. "
+                                                      "optimus --version prints the version.")
     except SystemExit as end:
-        text = " ".join(re.sub(r"[╭╮╰╯─│]|\x1b\[[\d;]*m", " ", box.getvalue()).split())
-        text = re.sub(r"^(Parsing error|Value error|Unrecognized options) |Error parsing \S+: ", "", text)
-        text = re.sub(r"\.? For full helptext, (run|see) ", "; see ", text)
+        lines = box.getvalue().strip().splitlines()[1:]  # without the box's title
+        text = re.sub(r"[╰╯─│]|-{9,}|\x1b\[[\d;]*m", " ", " ".join(lines))
+        text = re.sub(r"Error parsing \S+: ", "", " ".join(text.split()))
+        text = re.sub(r"\.? For full helptext, (run|see):? ", "; see ", text)
         if text: print(f"optimus: {text}", file=sys.stderr)
         raise end
+    if unknown: refuse(unknown_words(command, unknown))
+    return command
+
+
+def refuse(text: str):
+    print(f"optimus: {text}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def unknown_words(command, words: list[str]) -> str:
+    """What to say of words that the command has no place for."""
+    name = f"optimus {type(command).__name__.lower()}"
+    flag = next((word.split("=")[0] for word in words if word.startswith("-")), None)
+    if flag:
+        known = options(type(command))
+        near = difflib.get_close_matches(re.sub(r"^--|.*\.", "", flag).replace("_", "-"), known, 1)
+        hint = f" (did you mean {known[near[0]]}?)" if near else ""
+        return f"unknown option {flag}{hint}; see {name} --help"
+    hint = "put the prompt in quotes" if isinstance(command, Generate) else f"see {name} --help"
+    return f"unexpected {', '.join(words)}; {hint}"
+
+
+def options(cls: type, prefix: str = "--") -> dict[str, str]:
+    """Every option of a command: its last word, and all of it as it is typed."""
+    found = {}
+    for item in fields(cls):
+        name = item.name.replace("_", "-")
+        if is_dataclass(item.type): found |= options(item.type, f"{prefix}{name}.")
+        elif tyro.conf.Positional not in getattr(item.type, "__metadata__", ()): found[name] = prefix + name
+    return found
 
 
 def train_defaults(argv: list[str]) -> Train:
@@ -212,7 +251,10 @@ def find_checkpoint(path_or_name: str | None) -> Path:
         folder = Path(path_or_name)
         if not folder.is_dir():
             names = f" and not one of {', '.join(shipped)}" if shipped else ""
-            raise ValueError(f"no checkpoint {path_or_name!r}: not a folder{names}")
+            runs = [p for p in Path(CHECKPOINTS).glob("*") if step_folders(p)]
+            runs = [p.name for p in sorted(runs, key=lambda p: p.stat().st_mtime, reverse=True)[:5]]
+            there = f"; the newest runs in ./{CHECKPOINTS}: {', '.join(runs)}" if runs else ""
+            raise ValueError(f"no checkpoint {path_or_name!r}: not a folder{names}{there}")
         if not (folder / "model.safetensors").is_file(): folder = latest_checkpoint(folder) or folder
     return folder
 
@@ -338,7 +380,6 @@ def export(command: Export) -> int:
 
 def info() -> int:
     import platform
-    from importlib.metadata import version
     device = best_device()
     detail = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"optimus {version('optimus')}, Python {platform.python_version()}, torch {torch.__version__}, "

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -190,13 +191,27 @@ def test_every_field_is_a_flag(workplace):
     (["generate", "x", "--top-k", "0"], "top_k must be"),
     (["generate", "x", "--min-p", "2"], "min_p must be"),
     (["generate", "x", "--max-new-tokens", "0"], "max_new_tokens must be"),
-    (["frobnicate"], "frobnicate"),
+    (["generate", "The", "public", "debt"], "unexpected public, debt; put the prompt in quotes"),
+    (["generate", "--temprature", "0.5"],
+     "unknown option --temprature (did you mean --temperature?); see optimus generate --help"),
+    (["generate", "--prompt", "x"], "unknown option --prompt; see"),
+    (["train", "--batch_size=3"], "unknown option --batch_size (did you mean --training.batch-size?); see"),
+    (["train", "--training.foo", "3"], "unknown option --training.foo; see"),
+    (["bench", "--device", "gpu"], "optimus: invalid choice 'gpu'"),
+    (["generate", "x", "--checkpoint", "checkpoints/run-009"],
+     "; the newest runs in ./checkpoints: run-001\n"),
+    (["frobnicate"], "no command frobnicate; there are train, "),
 ])
 def test_bad_input_is_one_sentence(workplace, arguments, words):
     result = workplace(*arguments)
     assert result.returncode in (1, 2)
     assert words in (result.stderr + result.stdout).replace("-", "_") + result.stderr + result.stdout
     assert "Traceback" not in result.stderr
+
+
+def test_version(workplace):
+    assert workplace("--version").stdout == f"optimus {version('optimus')}\n"
+    assert "--version" in workplace("--help").stdout
 
 
 # Resume
