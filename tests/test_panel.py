@@ -650,6 +650,10 @@ def test_it_is_a_widget_with_the_names_of_the_contract(panel):
     assert isinstance(panel.generate_button, ipywidgets.Button) and isinstance(panel.text, ipywidgets.HTML)
 
 
+def test_a_panel_whose_arguments_were_refused_can_be_closed():
+    GenerationPanel.__new__(GenerationPanel).close()  # as the garbage collector does
+
+
 def test_any_tokenizer_with_encode_and_decode_will_do(tmp_path, monkeypatch):
     class Letters:
         eos_token_id = 0

@@ -547,6 +547,14 @@ def test_resume_without_a_run_is_an_error_and_failed_starts_are_not_runs(go, tmp
     assert go(None, stop=1).checkpoint.parent.name == "run-003"
 
 
+def test_what_cannot_run_is_refused_before_the_corpus_is_tokenized(go, tmp_path, monkeypatch):
+    go("run", stop=1)
+    monkeypatch.setattr(training, "tokenize", None)
+    with pytest.raises(ValueError, match="no run to resume in .*resume=True"): go(None, resume=True)
+    with pytest.raises(ValueError, match="run already holds a run; resume it"): go("run")
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["run"]
+
+
 def test_a_run_may_go_on_longer_with_a_warning(go):
     go("run", max_steps=5)
     with pytest.warns(UserWarning, match="max_steps was 5 and is 8 now"):
