@@ -21,7 +21,6 @@ from optimus import ModelConfig, TrainingConfig
 from optimus.checkpoint import CheckpointError, latest_checkpoint, step_folders
 from optimus.config import PRESETS
 from optimus.data import cache_folder, shipped_models
-from optimus.distributed import join, starts_before
 from optimus.generation import check_settings
 from optimus.training import best_device, run_folder
 
@@ -195,6 +194,7 @@ def automatic_preset() -> str: return "base" if best_device().type == "cuda" els
 
 
 def train(command: Train, argv: list[str]) -> int:
+    from optimus.distributed import join, starts_before  # a second of importing that --help need not wait for
     config, model = command.training, command.model
     if command.corpus: config = replace(config, dataset_name=command.corpus)
     spread = join(config.parallel)
