@@ -121,13 +121,10 @@ class RowLinear(nn.Module):
         if x.is_cuda or x.numel() > x.shape[-1]: return F.linear(x, self.weight.to(x.dtype))
         row = x.flatten()  # (C,)
         if torch.compiler.is_compiling(): y = (self.weight * row).sum(-1)  # becomes one loop
-        else: y = torch.cat([self.products(W, row).sum(-1) for W in self.blocks()])
+        else:
+            blocks = self.weight.split(len(self.room) // len(row))  # (rows, C) each
+            y = torch.cat([torch.mul(W, row, out=self.room[:W.numel()].view_as(W)).sum(-1) for W in blocks])
         return y.view(*x.shape[:-1], -1)
-
-    def blocks(self): return self.weight.split(len(self.room) // self.weight.shape[1])  # (rows, C) each
-
-    def products(self, W: Tensor, row: Tensor) -> Tensor:
-        return torch.mul(W, row, out=self.room[:W.numel()].view_as(W))
 
 class WideEmbedding(nn.Module):
     """Rows of `weight` as `dtype`: ids (...) -> (..., C)."""
