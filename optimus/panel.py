@@ -572,9 +572,10 @@ class Running(Writing):
             for lane in lanes: self.ready(lane, fresh, seed)
             self.write(lanes, most)
         finally:
-            self.running = False
-            self.show_running()
-            self.draw()
+            try: self.draw()
+            finally:  # last, for who sees Generate again shall see the whole text
+                self.running = False
+                self.show_running()
 
     def write(self, lanes: list[Lane], most: int):
         """A token in every column, turn by turn, with the settings of that moment."""

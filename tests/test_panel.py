@@ -313,6 +313,23 @@ def test_stop_freezes_the_text_at_once_and_the_buttons_come_back(panel, tokenize
     assert panel.text.value == frozen and not panel.generate_button.disabled and threads() == []
 
 
+def test_the_whole_text_is_there_before_generate_can_be_pressed_again(panel):
+    seen = []
+    panel.generate_button.observe(lambda change: seen.append((change["new"], plain(panel.text.value))), "disabled")
+    text = run(panel, "The public", max_new_tokens=20)
+    assert [disabled for disabled, _ in seen] == [True, False] and seen[-1][1] == text != "The public"
+
+
+def test_a_last_drawing_that_fails_leaves_the_buttons_usable(panel, monkeypatch):
+    def broken(final=True): raise OSError("no screen")
+    with monkeypatch.context() as patch:
+        patch.setattr(panel, "draw", broken)
+        run(panel, "x", max_new_tokens=2)
+    assert not panel.generate_button.disabled and "no screen" in panel.message.value
+    run(panel, "The", max_new_tokens=3)
+    assert panel.message.value == "" and plain(panel.text.value) == panel.written
+
+
 def test_a_second_click_starts_no_second_run(panel, tokenizer):
     slow(panel, tokenizer)
     before = len(panel.written)
