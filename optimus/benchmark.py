@@ -278,11 +278,11 @@ def prefilling(model: LanguageModel, theirs: nn.Module, length: int, rounds: int
     cache = model.new_cache(1, length)
     def ours():
         cache.reset()
-        return model.head(model.hidden(tokens, cache)[:, -1:])
+        return model.head(model.hidden(tokens, cache, last=1))
     works = {"ours": ours, "theirs": lambda: theirs(tokens, use_cache=True, logits_to_keep=1)}
     seconds = interleaved_seconds(works, device, rounds, warmup=1 if device.type == "cpu" else 3)
-    head = 2 * c.vocab_size * c.embedding_dim
-    flops = length * (flops_per_token(c, (length + 1) / 2) - head) + head
+    for_last = 2 * (c.vocab_size + 3 * c.ffn_dim) * c.embedding_dim  # the head and the last feed-forward
+    flops = length * (flops_per_token(c, (length + 1) / 2) - for_last) + for_last
     return dict(what=f"prefill of {length}", unit="tokens/s", flops=flops / length,
                 **{name: length / s for name, s in seconds.items()})
 

@@ -184,9 +184,14 @@ class Context:
             if self.cache is not None: self.cache.reset()
         new = self.tokens[:, self.start + self.seen:self.end]
         if self.cache is None: return self.model(new)[:, -1]
-        if new.shape[1] > 1: getattr(self.model, "hidden", self.model)(new[:, :-1], self.cache)  # no logits
+        if new.shape[1] > 1: self.read(new[:, :-1])
         self.seen = self.end - self.start
         return self.model(new[:, -1:], self.cache)[:, -1]
+
+    def read(self, tokens: Tensor):
+        """Tokens (B, T) into the cache; nobody asks what the model says about them."""
+        if hasattr(self.model, "hidden"): self.model.hidden(tokens, self.cache, last=1)
+        else: self.model(tokens, self.cache)
 
     @torch.no_grad()
     def look(self) -> Tensor:
@@ -366,8 +371,8 @@ class CompiledDecoder(nn.Module):
         return self.model.head(self.model.norm(x))  # (B, 1, V)
 
     @torch.no_grad()
-    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        return self.model.hidden(tokens, cache)
+    def hidden(self, tokens: Tensor, cache: Cache | None = None, last: int = 0) -> Tensor:
+        return self.model.hidden(tokens, cache, last=last)
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:

@@ -40,7 +40,8 @@ from .norm import RMSNorm
 class Block(nn.Module):
     """A pre-norm residual block: attention, then SwiGLU, each reads a norm of the stream and adds to it.
 
-    x: (B, T, C), pos: (T,) or (B, T), cache: one layer's view of a cache, or None  ->  (B, T, C).
+    x: (B, T, C), pos: (T,) or (B, T), cache: one layer's view of a cache, or None  ->  (B, T, C). With `last`
+    only that many positions at the end go on after the attention: (B, last, C).
     """
     def __init__(self, config: ModelConfig, attention: nn.Module):
         super().__init__()
@@ -49,8 +50,8 @@ class Block(nn.Module):
         self.feedforward_norm = RMSNorm(config.embedding_dim, config.norm_eps)
         self.feedforward = SwiGLU(config.embedding_dim, config.ffn_dim, config.dropout)
 
-    def forward(self, x: Tensor, pos: Tensor, cache=None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), pos, cache)
+    def forward(self, x: Tensor, pos: Tensor, cache=None, last: int = 0) -> Tensor:
+        x = (x + self.attention(self.attention_norm(x), pos, cache))[:, -last:]  # -0: all of them
         return x + self.feedforward(self.feedforward_norm(x))
 
 # %% ../notebooks/08_transformer.ipynb #447c0d53
@@ -235,17 +236,22 @@ class LanguageModel(Saved):
         if config.tie_embeddings: self.head.weight = self.embedding.weight
         init_weights(self)
 
-    def hidden(self, tokens: Tensor, cache: Cache | None = None, pos: Tensor | None = None) -> Tensor:
-        """What the head reads, the stream after the last norm: (B, T, C)."""
+    def hidden(self, tokens: Tensor, cache: Cache | None = None, pos: Tensor | None = None,
+               last: int = 0) -> Tensor:
+        """What the head reads, the stream after the last norm: (B, T, C), or (B, last, C), the `last` positions.
+
+        The others then skip the last feed-forward, which nobody would read; a cache holds all of them.
+        """
         check_tokens(tokens, self.config.vocab_size)
         pos = positions(tokens, pos, cache, self.config.rope_seq_len)
         recompute = self.config.checkpointing and self.training and torch.is_grad_enabled() and cache is None
         x = self.dropout(self.embedding(tokens))  # (B, T, C)
         for i, block in enumerate(self.blocks):
             if recompute: x = checkpoint(block, x, pos, use_reentrant=False)
-            else: x = block(x, pos, None if cache is None else cache.layer(i))
+            else: x = block(x, pos, None if cache is None else cache.layer(i),
+                            last if i == len(self.blocks) - 1 else 0)
         if cache is not None: cache.advance(tokens.shape[1])
-        return self.norm(x)
+        return self.norm(x[:, -last:])
 
     def forward(self, tokens: Tensor, cache: Cache | None = None, pos: Tensor | None = None) -> Tensor:
         return self.head(self.hidden(tokens, cache, pos))  # (B, T, V)

@@ -204,6 +204,24 @@ def test_cached_in_chunks_equals_full(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("last", [1, 2, 9])
+def test_only_the_last_positions_cost_their_last_feedforward(kind, last):
+    model, tokens, rows = make_model(kind), draw_tokens(), []
+    for block in model.blocks:
+        block.feedforward.register_forward_hook(lambda module, x, y: rows.append(y.shape[1]))
+    one, other = (model.new_cache(B, T) for _ in range(2))
+    with torch.no_grad():
+        for cache in (None, one):
+            rows.clear()
+            found = model.hidden(tokens, cache, last=last)
+            assert rows == [T] * (len(model.blocks) - 1) + [last]
+            torch.testing.assert_close(found, model.hidden(tokens)[:, -last:], rtol=1e-4, atol=1e-5)
+        model.hidden(tokens, other)
+    assert one.length == T
+    for ours, wanted in zip(one.stores, other.stores): assert torch.equal(ours, wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_cache_takes_the_models_dtype_and_sizes(kind, dtype):
     model = make_model(kind).to(dtype)
