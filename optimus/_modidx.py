@@ -572,6 +572,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'optimus.training.choose_tokenizer': ('training.html#choose_tokenizer', 'optimus/training.py'),
                                   'optimus.training.cut_like': ('training.html#cut_like', 'optimus/training.py'),
                                   'optimus.training.evaluate': ('training.html#evaluate', 'optimus/training.py'),
+                                  'optimus.training.first_model': ('training.html#first_model', 'optimus/training.py'),
                                   'optimus.training.learning_rate_at': ('training.html#learning_rate_at', 'optimus/training.py'),
                                   'optimus.training.make_optimizer': ('training.html#make_optimizer', 'optimus/training.py'),
                                   'optimus.training.orthogonalize': ('training.html#orthogonalize', 'optimus/training.py'),
@@ -625,4 +626,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'optimus.transformer.lm_loss': ('transformer.html#lm_loss', 'optimus/transformer.py'),
                                      'optimus.transformer.positions': ('transformer.html#positions', 'optimus/transformer.py'),
                                      'optimus.transformer.save_files': ('transformer.html#save_files', 'optimus/transformer.py'),
+                                     'optimus.transformer.saved_config': ('transformer.html#saved_config', 'optimus/transformer.py'),
                                      'optimus.transformer.shipped_folder': ('transformer.html#shipped_folder', 'optimus/transformer.py')}}}

@@ -23,6 +23,7 @@ from optimus.config import PRESETS
 from optimus.data import cache_folder, shipped_models
 from optimus.generation import check_settings
 from optimus.training import best_device, run_folder
+from optimus.transformer import saved_config
 
 CHECKPOINTS = TrainingConfig.checkpoint_dir
 NAMES = ("train", "generate", "export", "bench", "info")
@@ -166,7 +167,10 @@ def options(cls: type, prefix: str = "--") -> dict[str, str]:
 
 
 def train_defaults(argv: list[str]) -> Train:
-    """The settings that the flags start from: the saved run's with --resume alone, else those of a preset."""
+    """The settings that the flags start from: the saved run's with --resume alone, else those of a preset.
+
+    A run that begins with the weights of a saved model begins with its sizes too.
+    """
     words = [part for word in argv for part in word.split("=", 1)]
     given = {flag.replace("_", "-"): value for flag, value in zip(words, [*words[1:], ""])}
     if argv[:1] == ["train"] and "--resume" in given and not {"--preset", "-h", "--help"} & given.keys():
@@ -175,6 +179,8 @@ def train_defaults(argv: list[str]) -> Train:
         if saved: return saved
     chosen = given.get("--preset")
     model, training = PRESETS[chosen if chosen in PRESETS else automatic_preset()]
+    source = given.get("--training.start-from")
+    if source and source != "None": model = saved_config(find_checkpoint(source))
     return Train(model=model, training=training)
 
 
@@ -197,6 +203,8 @@ def train(command: Train, argv: list[str]) -> int:
     from optimus.distributed import join, starts_before  # a second of importing that --help need not wait for
     config, model = command.training, command.model
     if command.corpus: config = replace(config, dataset_name=command.corpus)
+    if config.start_from not in (None, *shipped_models()):  # of a run, its newest checkpoint
+        config = replace(config, start_from=str(find_checkpoint(config.start_from)))
     spread = join(config.parallel)
     device = spread.device or best_device()
     tell = print if spread.rank == 0 else lambda *text: None
@@ -210,6 +218,7 @@ def train(command: Train, argv: list[str]) -> int:
     if resume:
         run = run_folder(config, resume=True)
         source = f"continuing {run}" if step_folders(run) else f"{run} has no checkpoint yet: {source}"
+    elif config.start_from: source += f", starting from {config.start_from}"
     where = f"{spread.ranks} ranks ({config.parallel}) of {device.type}" if spread.ranks > 1 else device
     tell(f"{source}: {model.attention.upper()} with {model.num_layers} layers "
          f"of width {model.embedding_dim}, {config.max_length} tokens a sequence, "

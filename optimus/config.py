@@ -181,6 +181,7 @@ class TrainingConfig(Record):
     tensorboard_dir: str = "runs"
     dataset_config: str | None = None  # edition of a hub dataset; None: 20231101.en for Wikipedia
     tokenizer: str | None = None       # what load_tokenizer takes; None: the one that fits vocab_size
+    start_from: str | None = None      # a saved or shipped model whose weights the run begins with
     max_steps: int | None = None       # optimizer steps; None: num_epochs decides
     warmup: float = 0.05               # fraction of the steps in which the learning rate rises
     min_learning_rate: float | None = None  # where the cosine ends; None: a tenth of learning_rate

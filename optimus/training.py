@@ -16,7 +16,7 @@ __all__ = ['ONE_PROCESS', 'FREE_TO_CHANGE', 'best_device', 'amp_dtype', 'autocas
            'accumulate_gradients', 'learning_rate_at', 'orthogonalize', 'whole_of', 'cut_like', 'Muon',
            'make_optimizer', 'RunState', 'train_step', 'StopRequest', 'RunLog', 'evaluate', 'choose_tokenizer',
            'tokenize', 'set_aside_newer', 'check_same_run', 'run_folder', 'choose_run_folder', 'TrainingResult',
-           'total_steps', 'speed_and_memory', 'sample_text', 'Loop', 'start_run', 'train']
+           'total_steps', 'speed_and_memory', 'sample_text', 'Loop', 'first_model', 'start_run', 'train']
 
 # %% ../notebooks/12_training.ipynb #018af6a2
 import contextlib
@@ -43,7 +43,7 @@ from .config import ModelConfig, TrainingConfig
 from .data import (PreparedCorpus, Sequences, Tokenizer, batches, load_corpus, load_tokenizer, prepare,
                           train_tokenizer)
 from .generation import stream
-from .transformer import LanguageModel
+from .transformer import LanguageModel, saved_config
 
 # %% ../notebooks/12_training.ipynb #cefda113
 def best_device() -> torch.device:
@@ -388,11 +388,11 @@ def evaluate(model: LanguageModel, sequences: Sequences, batch_size: int, max_ba
 
 # %% ../notebooks/12_training.ipynb #852cc3f4
 def choose_tokenizer(model_config: ModelConfig, training_config: TrainingConfig, corpus) -> Tokenizer:
-    """The tokenizer named in the configuration, or else the one that fits the vocabulary.
+    """The tokenizer named in the configuration, or of the model to start from, or one of the right size.
 
     That is GPT-2's from 50,257 entries up, and below a byte-level BPE of that size learned from the corpus.
     """
-    name, size = training_config.tokenizer, model_config.vocab_size
+    name, size = training_config.tokenizer or training_config.start_from, model_config.vocab_size
     if name is None and size >= 50257: name = "gpt2"
     if name is None and (training_config.dataset_name, size) == ("sotu", 4096): name = "sotu"
     return train_tokenizer(corpus["text"], size) if name is None else load_tokenizer(name)
@@ -589,13 +589,24 @@ class Loop:
             keep_last=config.keep_last, best_step=run.best_step))
 
 # %% ../notebooks/12_training.ipynb #218c11b1
+def first_model(config: ModelConfig, start_from: str | None) -> LanguageModel:
+    """A model at step 0, its weights drawn from the seed or those of a saved model of the same sizes."""
+    model = LanguageModel(config)
+    if start_from is None: return model
+    for name, value in asdict(saved_config(start_from)).items():
+        if name not in ("dropout", "checkpointing", "rope_seq_len") and value != getattr(config, name):
+            raise ValueError(f"training.start_from is {start_from!r}, a model with {name} = {value!r}; "
+                             f"model.{name} is {getattr(config, name)!r}")
+    model.load_state_dict(LanguageModel.from_pretrained(start_from).state_dict())
+    return model
+
 def start_run(model_config: ModelConfig, config: TrainingConfig, device: torch.device, saved: Path | None,
               facts: dict, spread: OneProcess = ONE_PROCESS) -> RunState:
     """A run at step 0, or at the step of the checkpoint `saved` with everything as it was."""
     if saved: check_same_run(json.loads((saved / "trainer_state.json").read_text(encoding="utf-8")), facts)
     checkpoint = load_checkpoint(saved) if saved else None
     torch.manual_seed(config.seed)
-    model = checkpoint.model if checkpoint else LanguageModel(model_config)
+    model = checkpoint.model if checkpoint else first_model(model_config, config.start_from)
     if config.compile:
         for block in model.blocks: block.compile()
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(config.amp, device) == torch.float16)

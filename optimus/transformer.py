@@ -14,8 +14,8 @@ and moves it on."""
 
 # %% auto #0
 __all__ = ['Block', 'TransformerBlock', 'MLATransformerBlock', 'init_weights', 'chunked_loss', 'lm_loss', 'check_tokens',
-           'check_positions', 'positions', 'save_files', 'shipped_folder', 'find_model', 'Saved', 'LanguageModel',
-           'check_targets', 'cache_for']
+           'check_positions', 'positions', 'save_files', 'shipped_folder', 'find_model', 'saved_config', 'Saved',
+           'LanguageModel', 'check_targets', 'cache_for']
 
 # %% ../notebooks/08_transformer.ipynb #4a883933
 import importlib.util
@@ -181,6 +181,12 @@ def find_model(path_or_name: str | Path) -> Path:
         if not (folder / name).is_file(): raise ValueError(f"{folder} is not a saved model: it has no {name}")
     return folder
 
+def saved_config(path_or_name: str | Path) -> ModelConfig:
+    """The configuration of a saved or shipped model; ValueError names what is wrong with it."""
+    path = find_model(path_or_name) / "config.json"
+    try: return ModelConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error: raise ValueError(f"{path} is no ModelConfig: {error}") from None
+
 # %% ../notebooks/08_transformer.ipynb #46acee79
 class Saved(nn.Module):
     """A module with a `config`, which can be counted, written to a folder, and opened again."""
@@ -199,10 +205,8 @@ class Saved(nn.Module):
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
-        folder = find_model(path_or_name)
-        sizes, weights = folder / "config.json", folder / "model.safetensors"
-        try: config = ModelConfig.from_dict(json.loads(sizes.read_text(encoding="utf-8")))
-        except ValueError as error: raise ValueError(f"{sizes} is no ModelConfig: {error}") from None
+        folder, config = find_model(path_or_name), saved_config(path_or_name)
+        weights = folder / "model.safetensors"
         try: state = load_file(weights)
         except SafetensorError as error: raise ValueError(f"{weights} cannot be read: {error}") from None
         with torch.device("meta"): model = cls(config)
@@ -211,7 +215,7 @@ class Saved(nn.Module):
         found = {name: tuple(x.shape) for name, x in state.items()}
         for name in sorted(wanted.keys() | found.keys()):
             if wanted.get(name) != found.get(name):
-                raise ValueError(f"{weights} does not fit {sizes.name}: {name} has shape "
+                raise ValueError(f"{weights} does not fit config.json: {name} has shape "
                                  f"{found.get(name, 'none')}, not {wanted.get(name, 'none')}")
         if config.tie_embeddings: state["head.weight"] = state["embedding.weight"]
         model.load_state_dict(state, assign=True)
@@ -238,7 +242,7 @@ class LanguageModel(Saved):
 
     def hidden(self, tokens: Tensor, cache: Cache | None = None, pos: Tensor | None = None,
                last: int = 0) -> Tensor:
-        """What the head reads, the stream after the last norm: (B, T, C), or (B, last, C), the `last` positions.
+        """What the head reads, the stream after the last norm: (B, T, C), or its end, (B, last, C).
 
         The others then skip the last feed-forward, which nobody would read; a cache holds all of them.
         """

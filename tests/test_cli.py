@@ -3,6 +3,7 @@ import contextlib
 import dataclasses
 import fcntl
 import io
+import json
 import os
 import re
 import select
@@ -277,6 +278,19 @@ def test_a_run_without_a_checkpoint_starts_again_and_says_so(workplace):
                      "--training.checkpoint-dir", "begun")
     assert done.stdout.startswith("begun/run-001 has no checkpoint yet: preset tiny (chosen because")
     assert done.returncode == 0 and Path("begun/run-001/step-00000001").is_dir()
+
+
+def test_a_run_that_starts_from_another_takes_its_sizes_and_tokenizer(two_runs, workplace):
+    done = workplace("train", "--corpus", "corpus.txt", "--training.start-from", "two/run-002",
+                     "--training.max-steps", "1", "--training.max-length=16", "--training.batch-size=2",
+                     "--model.dropout", "0.3", "--training.checkpoint-dir", "on")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r", starting from two/run-002/step-\d{8}: MLA with 3 layers of width 32", done.stdout)
+    run, source = (sorted(Path(place).glob("step-*"))[-1] for place in ("on/run-001", "two/run-002"))
+    assert (run / "tokenizer.json").read_text() == (source / "tokenizer.json").read_text()
+    assert json.loads((run / "config.json").read_text())["dropout"] == 0.3
+    refused = workplace("train", "--training.start-from", "nowhere")
+    assert refused.returncode == 1 and "no checkpoint 'nowhere': not a folder" in refused.stderr
 
 
 @pytest.mark.parametrize("preset", [[], ["--preset", "tiny"]])

@@ -315,7 +315,8 @@ def test_stop_freezes_the_text_at_once_and_the_buttons_come_back(panel, tokenize
 
 def test_the_whole_text_is_there_before_generate_can_be_pressed_again(panel):
     seen = []
-    panel.generate_button.observe(lambda change: seen.append((change["new"], plain(panel.text.value))), "disabled")
+    def look(change): seen.append((change["new"], plain(panel.text.value)))
+    panel.generate_button.observe(look, "disabled")
     text = run(panel, "The public", max_new_tokens=20)
     assert [disabled for disabled, _ in seen] == [True, False] and seen[-1][1] == text != "The public"
 

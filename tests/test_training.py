@@ -6,6 +6,7 @@ import shutil
 import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from fork_server import CONFIG, MODEL, TEXTS
 from optimus import LanguageModel, ModelConfig, TrainingConfig, training
 from optimus.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, step_folders
 from optimus.data import Sequences, batches, prepare, train_tokenizer
-from optimus.training import (Muon, RunState, StopRequest, accumulate_gradients, amp_dtype, evaluate,
-                              learning_rate_at, make_optimizer, orthogonalize, train, train_step)
+from optimus.training import (Muon, RunState, StopRequest, accumulate_gradients, amp_dtype, choose_tokenizer,
+                              evaluate, learning_rate_at, make_optimizer, orthogonalize, train, train_step)
 
 PLAIN = contextlib.nullcontext()
 SMALL = ModelConfig(**MODEL)
@@ -618,3 +619,47 @@ def test_two_runs_in_one_tensorboard_folder_show_one_curve(go, tmp_path):
 def test_the_floor_of_the_rate_defaults_to_a_tenth(go):
     rates = [row["learning_rate"] for row in go().history]
     assert rates[0] == 0 and max(rates) == pytest.approx(5e-3) and 5e-4 < rates[-1] < 6e-4
+
+
+# Starting from a saved model
+
+@pytest.fixture
+def given(tmp_path, tokenizer):
+    """A saved model that a run can start from, with its tokenizer."""
+    model = tiny(seed=5)
+    model.save_pretrained(tmp_path / "given")
+    (tmp_path / "given" / "tokenizer.json").write_text(tokenizer.backend.to_str())
+    return model, str(tmp_path / "given")
+
+
+def test_a_run_starts_with_the_weights_it_is_told_to(go, given):
+    model, folder = given
+    steps = dict(max_steps=2, warmup=0.0, learning_rate=1e-12, weight_decay=0.0, optimizer="adamw")
+    result, fresh = go("a", start_from=folder, **steps), go("b", **steps)
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(result.model.state_dict()[name], weight, rtol=0, atol=1e-9)
+        if weight.ndim > 1: assert (fresh.model.state_dict()[name] - weight).abs().max() > 0.01, name
+    saved = json.loads((result.checkpoint / "trainer_state.json").read_text())
+    assert saved["training_config"]["start_from"] == folder
+
+
+def test_a_run_with_a_start_continues_bit_for_bit_without_it(go, given, tokenizer):
+    whole = go("whole", start_from=given[1])
+    go("cut", start_from=given[1], stop=7)
+    Path(given[1], "model.safetensors").unlink()
+    assert losses(go("cut", resume=True, start_from=given[1])) == losses(whole)
+
+
+@pytest.mark.parametrize("field, value, shown", [("num_layers", 3, "2; model.num_layers is 3"),
+                                                 ("attention", "gqa", "'mla'; model.attention is 'gqa'")])
+def test_a_start_of_other_sizes_is_refused(go, given, field, value, shown):
+    with pytest.raises(ValueError, match=f"given', a model with {field} = {shown}"):
+        go(start_from=given[1], model=replace(SMALL, **{field: value}))
+    assert go(start_from=given[1], model=replace(SMALL, dropout=0.3), max_steps=1).history
+
+
+def test_the_tokenizer_of_the_start_is_the_runs(given, tokenizer):
+    config, corpus = TrainingConfig(start_from=given[1]), {"text": TEXTS[:1]}
+    assert choose_tokenizer(SMALL, config, corpus).backend.to_str() == tokenizer.backend.to_str()
+    with pytest.raises(ValueError, match="no tokenizer 'nowhere'"):
+        choose_tokenizer(SMALL, replace(config, start_from="nowhere"), corpus)
