@@ -10,7 +10,7 @@ import torch
 
 from optimus import LanguageModel, ModelConfig, generate
 from optimus.generation import (CompiledDecoder, Context, FixedView, RowLinear, for_decoding,
-                                inference_copy)
+                                inference_copy, one_row)
 
 KINDS = pytest.mark.parametrize("kind", ["mla", "gqa"])
 
@@ -116,20 +116,34 @@ def test_too_much_is_refused_in_the_models_words(graphs):
     with pytest.raises(ValueError, match="max_length=1"): decoder(token, small)
 
 
-@pytest.mark.parametrize("room", [7, 13, 14, 20, 35, 1000])  # 1, 1, 2, 2, 5 and more rows than there are
-def test_a_row_product_is_a_linear_layer(room):
+@pytest.mark.parametrize("library", ["oneDNN", "none"])
+def test_a_row_product_is_a_linear_layer(library, monkeypatch):
     torch.manual_seed(0)
+    if library == "none": monkeypatch.setattr("optimus.generation.one_row", None)
     linear = torch.nn.Linear(7, 5, bias=False).requires_grad_(False)
     narrow = torch.nn.Parameter(linear.weight.bfloat16(), requires_grad=False)
-    for shape in ((1, 1, 7), (7,), (2, 3, 7)):
-        x = torch.randn(shape)
-        torch.testing.assert_close(RowLinear(linear.weight, torch.empty(room))(x), linear(x))
-        torch.testing.assert_close(RowLinear(narrow, torch.empty(room))(x), x @ narrow.float().T)
+    for shape in ((1, 1, 7), (7,), (1, 7), (2, 3, 7)):
+        x = torch.randn(*shape[:-1], 14)[..., ::2]
+        torch.testing.assert_close(RowLinear(linear.weight)(x), linear(x))
+        torch.testing.assert_close(RowLinear(narrow)(x), x @ narrow.float().T)
+
+
+def test_a_single_row_of_float32_goes_to_onednn_and_nothing_else_does(monkeypatch):
+    asked = []
+    monkeypatch.setattr("optimus.generation.one_row", lambda x, W, *rest: asked.append(x.shape) or x @ W.T)
+    for x, dtype in ((torch.randn(1, 1, 7), torch.float32), (torch.randn(2, 1, 7), torch.float32),
+                     (torch.randn(1, 1, 7).double(), torch.float64), (torch.randn(1, 1, 7), torch.bfloat16)):
+        RowLinear(torch.nn.Parameter(torch.randn(5, 7).to(dtype), requires_grad=False))(x)
+    assert asked == [(1, 1, 7)]
+
+
+def test_this_torch_still_has_the_product():
+    assert one_row is not None, "RowLinear falls back to F.linear: as right as before, but slower"
 
 
 def test_generate_asks_a_twin_of_the_same_weights_and_mode_and_weights_stay_the_models(monkeypatch):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    model = make(vocab_size=2**14).train()
+    model = make(vocab_size=2**15).train()
     twin = for_decoding(model)
     assert isinstance(twin.head, RowLinear) and isinstance(model.head, torch.nn.Linear)
     assert isinstance(twin.blocks[0].feedforward.up_proj, torch.nn.Linear)  # too small to pay
@@ -150,9 +164,12 @@ def test_the_twin_is_made_only_where_it_pays(monkeypatch):
     assert all(for_decoding(model) is model for model in others)
     decoder = CompiledDecoder(make())
     assert for_decoding(decoder) is decoder
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     model = make()
-    assert for_decoding(model) is model
+    assert for_decoding(model) is not model
+    for library in (torch.backends.mkl, torch.backends.mkldnn):
+        with monkeypatch.context() as patch:
+            patch.setattr(library, "is_available", lambda: False)
+            assert for_decoding(model) is model
 
 
 def test_a_fixed_view_writes_at_pos_and_shows_as_many_slots_as_asked():
