@@ -259,6 +259,8 @@ def decoding(model: LanguageModel, theirs: nn.Module, context: int, steps: int, 
         cache = ours.new_cache(1, context)
         ours.hidden(prompt, cache)
         works[name] = lambda ours=ours, cache=cache: ours(new, cache)
+    rates = []
+    works["limit"] = lambda: rates.append(measure_read_bandwidth(device, repeats=1))
     seconds = interleaved_seconds(works, device, steps)
     weights = count_parameters(model.config)["total"]
     rows = []
@@ -266,7 +268,8 @@ def decoding(model: LanguageModel, theirs: nn.Module, context: int, steps: int, 
         size = 2 if device.type == "cuda" or name.endswith("bfloat16 weights") else 4
         kept = context * cache_bytes_per_token(model.config, 2 if device.type == "cuda" else 4)
         rows.append(dict(what=f"decode at {context}, {name}", unit="tokens/s", ours=1 / seconds[name],
-                         theirs=1 / seconds["transformers"], bytes=weights * size + kept))
+                         theirs=1 / seconds["transformers"], bytes=weights * size + kept,
+                         rate=statistics.median(rates)))
     return rows
 
 # %% ../notebooks/15_train_on_cuda.ipynb #53aa67b4
@@ -279,12 +282,15 @@ def prefilling(model: LanguageModel, theirs: nn.Module, length: int, rounds: int
     def ours():
         cache.reset()
         return model.head(model.hidden(tokens, cache, last=1))
-    works = {"ours": ours, "theirs": lambda: theirs(tokens, use_cache=True, logits_to_keep=1)}
+    rates, dtype = [], model.embedding.weight.dtype
+    works = {"ours": ours, "theirs": lambda: theirs(tokens, use_cache=True, logits_to_keep=1),
+             "limit": lambda: rates.append(measure_gemm_rate(device, dtype))}
     seconds = interleaved_seconds(works, device, rounds, warmup=1 if device.type == "cpu" else 3)
     for_last = 2 * (c.vocab_size + 3 * c.ffn_dim) * c.embedding_dim  # the head and the last feed-forward
     flops = length * (flops_per_token(c, (length + 1) / 2) - for_last) + for_last
     return dict(what=f"prefill of {length}", unit="tokens/s", flops=flops / length,
-                **{name: length / s for name, s in seconds.items()})
+                rate=statistics.median(rates),
+                **{name: length / seconds[name] for name in ("ours", "theirs")})
 
 # %% ../notebooks/15_train_on_cuda.ipynb #c801077a
 class TransformersLoss(nn.Module):
@@ -317,12 +323,15 @@ def training(model: LanguageModel, theirs: nn.Module, timed: int, whole: int, le
              device: torch.device) -> list[dict[str, Any]]:
     """Rows for a training step: tokens/s at `timed` sequences, peak bytes at `whole`, without and with
     activation checkpointing (in both)."""
-    pair = training_pair(model, theirs, timed, length, device)
-    seconds = interleaved_seconds({name: step for name, (_, step) in pair.items()}, device, rounds, warmup=1)
+    pair, rates = training_pair(model, theirs, timed, length, device), []
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    works = {name: step for name, (_, step) in pair.items()}
+    works["limit"] = lambda: rates.append(measure_gemm_rate(device, dtype))
+    seconds = interleaved_seconds(works, device, rounds, warmup=1)
     flops = training_flops_per_token(model.config, length)["model"]
     rows = [dict(what=f"training step, {timed} x {length}", unit="tokens/s", flops=flops,
-                 **{name: timed * length / s for name, s in seconds.items()})]
-    del pair
+                 rate=statistics.median(rates), **{name: timed * length / seconds[name] for name in pair})]
+    del pair, works
     for checkpointing in (False, True):
         if checkpointing: theirs.gradient_checkpointing_enable({"use_reentrant": False})
         model.config = replace(model.config, checkpointing=checkpointing)
@@ -386,12 +395,15 @@ def compile_layers(*models: nn.Module) -> None:
         for layer in (net.blocks if isinstance(net, LanguageModel) else net.model.layers): layer.compile()
 
 # %% ../notebooks/15_train_on_cuda.ipynb #2e94b213
-def finished(row: dict[str, Any], limits: dict[str, float]) -> dict[str, Any]:
-    """A row with its ratio, its limit and the share of it; `bytes` and `flops` are those of one token."""
+def finished(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with its ratio, its limit and the share of it; `bytes` and `flops` are those of one token.
+
+    `rate`: what the machine managed of them in a second, measured in turn with the row.
+    """
     row = dict(row)
     if "theirs" in row: row["ratio"] = row["ours"] / row["theirs"]
     for cost in ("bytes", "flops"):
-        if cost in row: row["limit"] = limits[cost] / row.pop(cost)
+        if cost in row: row["limit"] = row.pop("rate") / row.pop(cost)
     if "limit" in row: row["reached"] = row["ours"] / row["limit"]
     return row
 
@@ -418,7 +430,7 @@ def bench(config: ModelConfig, *, device: str | torch.device | None = None, quic
     """Ours against `transformers` on the same random weights: {"device", "dtype", ..., "rows"}.
 
     A row has "what", "unit", "ours", and where they exist "theirs", "ratio" (ours over theirs), "limit" and
-    "reached" (ours over the limit). Limits come from the read bandwidth and the GEMM rate of the same run.
+    "reached" (ours over the limit). Limits come from the read bandwidth or the GEMM rate, measured in turn with the row.
     `quick`: short contexts and few rounds. Nothing is asserted. The random state is left as it was.
     Raises ValueError unless config.attention is "mla" and its context holds 128 tokens.
     """
@@ -431,13 +443,13 @@ def bench(config: ModelConfig, *, device: str | torch.device | None = None, quic
     with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer transformers rename arguments
         torch.manual_seed(0)
-        limits = {"bytes": measure_read_bandwidth(device), "flops": measure_gemm_rate(device, dtype)}
         nets = contenders(config, device, compile)
         rows = bench_rows(config, nets, device, quick, compile, say)
+    limits = {cost: statistics.median(row["rate"] for row in rows if cost in row) for cost in ("bytes", "flops")}
     return {"device": device_name(device), "dtype": str(dtype).removeprefix("torch."),
             "torch": torch.__version__, "transformers": version("transformers"),
             "parameters": count_parameters(config)["total"], "limits": limits,
-            "rows": [finished(row, limits) for row in rows]}
+            "rows": [finished(row) for row in rows]}
 
 # %% ../notebooks/15_train_on_cuda.ipynb #135e6bc6
 def bench_rows(config: ModelConfig, nets: dict[str, Any], device: torch.device, quick: bool, compile: bool,
@@ -456,4 +468,4 @@ def bench_rows(config: ModelConfig, nets: dict[str, Any], device: torch.device, 
     rows += facts(nets["writers"][0], decoders.get("compiled, bfloat16 weights"), device)
     say("training steps, timed and weighed")
     timed, whole = (2, 4) if quick else (16, 64)
-    return rows + training(*nets["trained"], timed, whole, 64, 1 if quick else 3, device)
+    return rows + training(*nets["trained"], timed, whole, 64, 1 if quick else 5, device)

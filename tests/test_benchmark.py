@@ -254,12 +254,19 @@ def test_contenders_take_turns_and_a_slow_minute_hits_all(monkeypatch):
 
 
 def test_ratio_limit_and_share_are_what_they_say():
-    limits = {"bytes": 6e9, "flops": 1e11}
-    row = finished(dict(what="decode", unit="tokens/s", ours=30.0, theirs=20.0, bytes=1e8), limits)
+    row = finished(dict(what="decode", unit="tokens/s", ours=30.0, theirs=20.0, bytes=1e8, rate=6e9))
     assert (row["ratio"], row["limit"], row["reached"]) == (1.5, 60.0, 0.5) and "bytes" not in row
-    row = finished(dict(what="prefill", unit="tokens/s", ours=250.0, theirs=500.0, flops=1e8), limits)
+    row = finished(dict(what="prefill", unit="tokens/s", ours=250.0, theirs=500.0, flops=1e8, rate=1e11))
     assert (row["ratio"], row["limit"], row["reached"]) == (0.5, 1000.0, 0.25)
-    assert finished(dict(what="cache", unit="numbers", ours=416), limits).keys() == {"what", "unit", "ours"}
+    assert finished(dict(what="cache", unit="numbers", ours=416)).keys() == {"what", "unit", "ours"}
+
+
+def test_the_limit_is_measured_in_turn_with_the_row(monkeypatch):
+    rates = iter([9e9, 9e9, 1e9, 5e9, 3e9])  # a turn each, the two of warm-up too
+    monkeypatch.setattr("optimus.benchmark.measure_read_bandwidth", lambda device, repeats: next(rates))
+    ours, theirs = contenders(BENCH, CPU, compile=False)["writers"]
+    [row] = decoding(ours, theirs, 64, 3, CPU, {})
+    assert row["rate"] == 5e9 and next(rates, None) is None
 
 
 @pytest.fixture(scope="module")
