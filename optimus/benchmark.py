@@ -430,7 +430,8 @@ def bench(config: ModelConfig, *, device: str | torch.device | None = None, quic
     """Ours against `transformers` on the same random weights: {"device", "dtype", ..., "rows"}.
 
     A row has "what", "unit", "ours", and where they exist "theirs", "ratio" (ours over theirs), "limit" and
-    "reached" (ours over the limit). Limits come from the read bandwidth or the GEMM rate, measured in turn with the row.
+    "reached" (ours over the limit). Limits come from the read bandwidth or the GEMM rate, measured in turn
+    with the row; "limits" holds their medians.
     `quick`: short contexts and few rounds. Nothing is asserted. The random state is left as it was.
     Raises ValueError unless config.attention is "mla" and its context holds 128 tokens.
     """
@@ -445,7 +446,8 @@ def bench(config: ModelConfig, *, device: str | torch.device | None = None, quic
         torch.manual_seed(0)
         nets = contenders(config, device, compile)
         rows = bench_rows(config, nets, device, quick, compile, say)
-    limits = {cost: statistics.median(row["rate"] for row in rows if cost in row) for cost in ("bytes", "flops")}
+    limits = {cost: statistics.median(row["rate"] for row in rows if cost in row)
+              for cost in ("bytes", "flops")}
     return {"device": device_name(device), "dtype": str(dtype).removeprefix("torch."),
             "torch": torch.__version__, "transformers": version("transformers"),
             "parameters": count_parameters(config)["total"], "limits": limits,
