@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if argv == ["--version"]: return print(f"optimus {version('optimus')}") or 0
         command = parse(argv)
-        if isinstance(command, Train): return train(command, argv)
+        if isinstance(command, Train): return train(command)
         if isinstance(command, Bench): return bench(command)
         if isinstance(command, Export): return export(command)
         return generate(command) if isinstance(command, Generate) else info()
@@ -199,7 +199,7 @@ def saved_settings(run: Path) -> Train | None:
 def automatic_preset() -> str: return "base" if best_device().type == "cuda" else "tiny"
 
 
-def train(command: Train, argv: list[str]) -> int:
+def train(command: Train) -> int:
     from optimus.distributed import join, starts_before  # a second of importing that --help need not wait for
     config, model = command.training, command.model
     if command.corpus: config = replace(config, dataset_name=command.corpus)
@@ -228,9 +228,12 @@ def train(command: Train, argv: list[str]) -> int:
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
     last = result.history[-1]
     if result.stopped_by:
+        where = {"--training.checkpoint-dir": config.checkpoint_dir != CHECKPOINTS and config.checkpoint_dir,
+                 "--training.run-name": config.run_name}  # without a name: the newest run
+        flags = [word for flag, value in where.items() if value for word in (flag, value)]
         tell(f"stopped by signal {result.stopped_by} after step {last['step']} "
              f"and saved {result.checkpoint}; continue with\n"
-             f"    optimus train --resume {shlex.join(a for a in argv[1:] if a != '--resume')}".rstrip())
+             f"    {shlex.join(['optimus', 'train', '--resume', *flags])}")
         return 128 + result.stopped_by
     named = f" --checkpoint {shlex.quote(str(result.checkpoint))}"
     where = "" if config.checkpoint_dir == CHECKPOINTS else named

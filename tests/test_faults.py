@@ -119,9 +119,17 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(tmp_path, corpus, nu
     steps = [json.loads(line)["step"] for line in history.read_text().splitlines()]
     newest = step_folders(history.parent)[-1]
     assert int(newest.name[5:]) == steps[-1] and problem(newest) is None
-    assert "optimus train --resume" in out and "Traceback" not in err
-    command = re.search(r"optimus train --resume(.*)", out)[1].split()
-    assert command == [*SMALL, "--training.max-steps", "100000"]
+    assert "Traceback" not in err
+    command = re.search(r"    optimus (train --resume.*)", out)[1].split()
+    again = run_cli(tmp_path, *command)
+    for _ in range(600):
+        if history.read_text().count("\n") > steps[-1] + 1: break
+        time.sleep(0.1)
+    again.send_signal(number)
+    out, err = again.communicate(timeout=60)
+    assert again.returncode == code and out.startswith(f"continuing {history.parent.relative_to(tmp_path)}: "), err
+    assert [json.loads(line)["step"] for line in history.read_text().splitlines()][:len(steps) + 1] == [
+        *steps, steps[-1] + 1]
 
 
 def test_killed_by_hand_and_resumed_shows_one_curve(tmp_path, corpus):
