@@ -117,7 +117,7 @@ class RowLinear(nn.Module):
         self.weight = weight  # (R, C), perhaps narrower than x
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.is_cuda and x.numel() == x.shape[-1]:
+        if x.device.type == "cpu" and x.numel() == x.shape[-1]:
             if torch.compiler.is_compiling():  # becomes one loop, which widens each weight on the way
                 return (self.weight * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
             if one_row and self.weight.dtype == x.dtype == torch.float32:

@@ -28,8 +28,8 @@ vocabulary {vocabulary:,}), trained on the annual messages of US presidents from
 spoke. It is made for learning.
 
 * Training: {tokens:,} tokens, {passes:.1f} passes over the training part, on two CPU cores in
-  float32{earlier}. The last run took {steps:,} steps, and the weights are those of step {best:,}. Its command:
-  `{command}`
+  float32{earlier}. The last run took {steps:,} steps; the weights are those of step {best:,}. Its
+  command: `{command}`
 * Held out: {documents} whole documents, {bytes:,} bytes. **{bits:.3f} bits per byte** with the weights as
   shipped, in bfloat16 ({exact:.3f} before rounding), in windows of {length} tokens.
 * Open it: `LanguageModel.from_pretrained("{name}")` and `load_tokenizer("{name}")`,
