@@ -20,9 +20,27 @@ METADATA = {
 
 
 def execute(nb):
+    """Run a notebook. nbclient answers a widget on the socket where it awaits the reply of the cell; ZeroMQ
+    may take that for reading, and the signal that the reply has come is lost. So look again every second."""
+    from queue import Empty
+
+    from jupyter_client.asynchronous import AsyncKernelClient
+    from jupyter_client.channels import AsyncZMQSocketChannel
+    from jupyter_client.manager import AsyncKernelManager
     from nbclient import NotebookClient
 
+    class Channel(AsyncZMQSocketChannel):
+        async def get_msg(self, timeout=None):
+            while timeout is None or timeout > 1:
+                try: return await super().get_msg(1)
+                except Empty: timeout = timeout and timeout - 1
+            return await super().get_msg(timeout)
+
+    class Client(AsyncKernelClient): shell_channel_class = Channel
+    class Manager(AsyncKernelManager): client_factory = Client
+
     NotebookClient(nb, timeout=600, kernel_name="python3", skip_cells_with_tag="nbval-skip",
+                   kernel_manager_class=Manager,
                    resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
 
 
