@@ -50,6 +50,7 @@ BAD_TRAINING = {
     "amp": ["on", True, None],
     "compile": NOT_TRUTH,
     "tokenizer": ["", 3, True],
+    "start_from": ["", 3, True],
     "dataset_config": ["", 3, True],
     "run_name": ["", 3, "..", "a/b", "a\\b"],
 }
