@@ -43,7 +43,7 @@ from .config import ModelConfig, TrainingConfig
 from .data import (PreparedCorpus, Sequences, Tokenizer, batches, load_corpus, load_tokenizer, prepare,
                           train_tokenizer)
 from .generation import stream
-from .transformer import LanguageModel, saved_config
+from .transformer import LanguageModel
 
 # %% ../notebooks/12_training.ipynb #cefda113
 def best_device() -> torch.device:
@@ -593,11 +593,12 @@ def first_model(config: ModelConfig, start_from: str | None) -> LanguageModel:
     """A model at step 0, its weights drawn from the seed or those of a saved model of the same sizes."""
     model = LanguageModel(config)
     if start_from is None: return model
-    for name, value in asdict(saved_config(start_from)).items():
+    given = LanguageModel.from_pretrained(start_from)
+    for name, value in asdict(given.config).items():
         if name not in ("dropout", "checkpointing", "rope_seq_len") and value != getattr(config, name):
             raise ValueError(f"training.start_from is {start_from!r}, a model with {name} = {value!r}; "
                              f"model.{name} is {getattr(config, name)!r}")
-    model.load_state_dict(LanguageModel.from_pretrained(start_from).state_dict())
+    model.load_state_dict(given.state_dict())
     return model
 
 def start_run(model_config: ModelConfig, config: TrainingConfig, device: torch.device, saved: Path | None,
