@@ -203,14 +203,15 @@ def train(command: Train) -> int:
     from optimus.distributed import join, starts_before  # a second of importing that --help need not wait for
     config, model = command.training, command.model
     if command.corpus: config = replace(config, dataset_name=command.corpus)
-    if config.start_from not in (None, *shipped_models()):  # of a run, its newest checkpoint
-        config = replace(config, start_from=str(find_checkpoint(config.start_from)))
     spread = join(config.parallel)
     device = spread.device or best_device()
     tell = print if spread.rank == 0 else lambda *text: None
     begun = spread.noted() if starts_before() else None
     if begun: config = replace(config, run_name=begun)
     resume = command.resume or begun is not None
+    start = config.start_from
+    if start not in (None, *shipped_models()) and (Path(start).is_dir() or not resume):  # a resume needs none
+        config = replace(config, start_from=str(find_checkpoint(start)))  # of a run, its newest checkpoint
     source = f"preset {command.preset}"
     if command.preset == "auto":
         why = f"chosen because there is {'a' if device.type == 'cuda' else 'no'} CUDA GPU"

@@ -43,7 +43,7 @@ from .config import ModelConfig, TrainingConfig
 from .data import (PreparedCorpus, Sequences, Tokenizer, batches, load_corpus, load_tokenizer, prepare,
                           train_tokenizer)
 from .generation import stream
-from .transformer import LanguageModel
+from .transformer import LanguageModel, check_targets, check_tokens
 
 # %% ../notebooks/12_training.ipynb #cefda113
 def best_device() -> torch.device:
@@ -142,26 +142,25 @@ ONE_PROCESS = OneProcess()
 
 # %% ../notebooks/12_training.ipynb #5cca24619
 def accumulate_gradients(model, tokens: Tensor, targets: Tensor, micro_batch_size: int, context,
-                         scaler=None, spread=ONE_PROCESS) -> float:
+                         scaler=None, spread=ONE_PROCESS) -> Tensor:
     """Add to `.grad` the gradient of the batch's mean loss, in parts of `micro_batch_size`; return that loss.
 
     Each part is weighted by its share of the targets that count: uneven parts give the gradient of one pass.
     With several ranks that is the share of all ranks' targets, and only the last part exchanges gradients.
+    No number is read off the device, so the CPU never waits here for a GPU.
     """
     counted = spread.sum(targets.ne(-100).sum())
     parts = list(zip(tokens.split(micro_batch_size), targets.split(micro_batch_size)))
     total = torch.zeros((), device=tokens.device)
     for i, (x, y) in enumerate(parts):
         share = y.ne(-100).sum() / counted
-        if share == 0:  # nothing to predict, and a mean over nothing is not a number
-            if spread.ranks == 1: continue
-            y = torch.zeros_like(y)  # the other ranks wait for this one's part: it weighs nothing
+        y = y.masked_fill(share == 0, 0)  # the mean over no target is not a number; this one weighs nothing
         with spread.part(model, last=i == len(parts) - 1):
             with context: loss = spread.loss(model, x, y) * share
             scaled = loss * spread.ranks  # the exchange takes the mean over ranks
             (scaler.scale(scaled) if scaler else scaled).backward()
         total += loss.detach()
-    return float(spread.sum(total))
+    return spread.sum(total)
 
 # %% ../notebooks/12_training.ipynb #f712eb86
 def learning_rate_at(step: int, total_steps: int, warmup_steps: int, peak: float,
@@ -299,8 +298,8 @@ def train_step(run: RunState, tokens: Tensor, targets: Tensor, config: TrainingC
             run.micro_batch_size = (run.micro_batch_size + 1) // 2
         if tokens.is_cuda: torch.cuda.empty_cache()
     run.scaler.unscale_(run.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.gradient_clip_val)
-    norm = float(run.spread.whole(norm))
+    norm = run.spread.whole(torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.gradient_clip_val))
+    loss, norm = torch.stack([loss.to(norm), norm]).tolist()  # the one time that the CPU waits for a GPU
     for group in run.optimizer.param_groups: group["lr"] = learning_rate
     scale = run.scaler.get_scale()
     if math.isfinite(norm) and math.isfinite(loss):
@@ -538,6 +537,9 @@ class Loop:
 
     def one_step(self, tokens: Tensor, targets: Tensor) -> dict[str, Any]:
         config, run, began = self.config, self.run, time.perf_counter()
+        vocab_size = self.facts["model_config"]["vocab_size"]
+        check_tokens(tokens, vocab_size)  # here, for on a GPU the model in training mode does not look
+        check_targets(targets, tokens, vocab_size)
         tokens, targets = (t.to(self.device, non_blocking=True) for t in (tokens, targets))
         peak, floor = config.learning_rate, config.min_learning_rate
         if floor is None: floor = peak / 10
@@ -649,7 +651,9 @@ def train(model_config: ModelConfig, training_config: TrainingConfig, *, resume:
                          "as `torchrun -m optimus.cli train` does")
     if config.batch_size % spread.ranks:
         raise ValueError(f"batch_size is {config.batch_size}; it must be a multiple of {spread.ranks} ranks")
-    spread.first(lambda: run_folder(config, resume))  # refuses before the corpus is tokenized
+    folder = spread.first(lambda: run_folder(config, resume))  # refuses before the corpus is tokenized
+    saved = spread.first(lambda: latest_checkpoint(folder) if resume and folder.is_dir() else None)
+    if saved and tokenizer is None: tokenizer = load_tokenizer(saved)  # where the run began may be gone
     tokenizer, prepared = spread.first(lambda: tokenize(model_config, config, corpus, tokenizer, say))
     sequences = Sequences(prepared, "train", config.max_length, config.seed)
     folder = spread.first(lambda: choose_run_folder(config, resume))
@@ -657,7 +661,6 @@ def train(model_config: ModelConfig, training_config: TrainingConfig, *, resume:
     facts = {"model_config": asdict(model_config), "training_config": asdict(config),
              "corpus": {"name": config.dataset_name, "fingerprint": prepared.fingerprint}}
     spread.first(lambda: remove_leftovers(folder))
-    saved = spread.first(lambda: latest_checkpoint(folder) if resume else None)
     own = [device] if device.type == "cuda" else []
     precision = amp_dtype(config.amp, device)
     with torch.random.fork_rng(own), tensor_cores(precision, device), StopRequest() as stop:

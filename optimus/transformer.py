@@ -104,7 +104,7 @@ def lm_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     with F.cross_entropy's value and gradients. Under autocast: products in its dtype, sums in float32.
     """
     kind, rows = hidden.device.type, 256 if hidden.device.type == "cpu" else 2048
-    if torch.is_autocast_enabled(kind):
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         hidden, weight = (x.to(torch.get_autocast_dtype(kind)) for x in (hidden, weight))
     if hidden.dtype.itemsize < 4 or not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         return chunked_loss(hidden, weight, targets, rows)
@@ -112,11 +112,15 @@ def lm_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.linear_cross_entropy(hidden, weight, targets, options=options)
 
 # %% ../notebooks/08_transformer.ipynb #d24d9062
-def check_tokens(tokens: Tensor, vocab_size: int) -> None:
-    """Raise ValueError unless tokens are int64 (B, T), not empty, with ids in [0, vocab_size)."""
+def check_tokens(tokens: Tensor, vocab_size: int, wait: bool = True) -> None:
+    """Raise ValueError unless tokens are int64 (B, T), not empty, with ids in [0, vocab_size).
+
+    With `wait=False` ids that lie on a GPU are not read.
+    """
     if tokens.dtype != torch.int64 or tokens.ndim != 2 or tokens.numel() == 0:
         raise ValueError("tokens must be int64 of shape (B, T), B and T at least 1, "
                          f"got {tokens.dtype} of shape {tuple(tokens.shape)}")
+    if tokens.device.type != "cpu" and not wait: return
     low, high = (int(edge) for edge in tokens.aminmax())
     if low < 0 or high >= vocab_size:
         raise ValueError(f"token ids must be in [0, {vocab_size}), got {low if low < 0 else high}")
@@ -227,7 +231,8 @@ class LanguageModel(Saved):
     """Tokens in, logits of the next token out: embedding, L blocks, a norm, and a head.
 
     tokens: (B, T) int64  ->  (B, T, V). Positions count from 0, or from `cache.length`; a cache is moved on.
-    ValueError for other shapes, ids outside the vocabulary, positions outside [0, rope_seq_len), a bad `pos`.
+    ValueError for other shapes, ids outside the vocabulary (not looked for in training mode on a GPU),
+    positions outside [0, rope_seq_len), a bad `pos`.
     """
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -246,7 +251,7 @@ class LanguageModel(Saved):
 
         The others then skip the last feed-forward, which nobody would read; a cache holds all of them.
         """
-        check_tokens(tokens, self.config.vocab_size)
+        check_tokens(tokens, self.config.vocab_size, wait=not self.training)
         pos = positions(tokens, pos, cache, self.config.rope_seq_len)
         recompute = self.config.checkpointing and self.training and torch.is_grad_enabled() and cache is None
         x = self.dropout(self.embedding(tokens))  # (B, T, C)
@@ -262,7 +267,7 @@ class LanguageModel(Saved):
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy in nats per target. targets: (B, T) int64; -100 is not counted."""
-        check_targets(targets, tokens, self.config.vocab_size)
+        check_targets(targets, tokens, self.config.vocab_size, wait=not self.training)
         return lm_loss(self.hidden(tokens).flatten(0, 1), self.head.weight, targets.flatten())
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
@@ -270,11 +275,12 @@ class LanguageModel(Saved):
         return cache_for(self.config, batch_size, max_length, self.embedding.weight)
 
 # %% ../notebooks/08_transformer.ipynb #77488141
-def check_targets(targets: Tensor, tokens: Tensor, vocab_size: int) -> None:
-    """Raise ValueError unless targets look like tokens and hold ids or -100."""
+def check_targets(targets: Tensor, tokens: Tensor, vocab_size: int, wait: bool = True) -> None:
+    """Raise ValueError unless targets look like tokens and hold ids or -100; `wait` as in check_tokens."""
     if targets.dtype != torch.int64 or targets.shape != tokens.shape:
         raise ValueError(f"targets must be int64 of the tokens' shape {tuple(tokens.shape)}, "
                          f"got {targets.dtype} of shape {tuple(targets.shape)}")
+    if targets.device.type != "cpu" and not wait: return
     bad = targets[((targets < 0) & (targets != -100)) | (targets >= vocab_size)]
     if bad.numel(): raise ValueError(f"targets must be -100 or in [0, {vocab_size}), got {bad[0].item()}")
 

@@ -281,14 +281,18 @@ def test_a_run_without_a_checkpoint_starts_again_and_says_so(workplace):
 
 
 def test_a_run_that_starts_from_another_takes_its_sizes_and_tokenizer(two_runs, workplace):
-    done = workplace("train", "--corpus", "corpus.txt", "--training.start-from", "two/run-002",
+    shutil.copytree("two/run-002", "source")
+    done = workplace("train", "--corpus", "corpus.txt", "--training.start-from", "source",
                      "--training.max-steps", "1", "--training.max-length=16", "--training.batch-size=2",
                      "--model.dropout", "0.3", "--training.checkpoint-dir", "on")
     assert done.returncode == 0, done.stderr
-    assert re.search(r", starting from two/run-002/step-\d{8}: MLA with 3 layers of width 32", done.stdout)
-    run, source = (sorted(Path(place).glob("step-*"))[-1] for place in ("on/run-001", "two/run-002"))
+    assert re.search(r", starting from source/step-\d{8}: MLA with 3 layers of width 32", done.stdout)
+    run, source = (sorted(Path(place).glob("step-*"))[-1] for place in ("on/run-001", "source"))
     assert (run / "tokenizer.json").read_text() == (source / "tokenizer.json").read_text()
     assert json.loads((run / "config.json").read_text())["dropout"] == 0.3
+    shutil.rmtree("source")  # the run goes on without it
+    done = workplace("train", "--resume", "--training.checkpoint-dir", "on", "--training.max-steps", "2")
+    assert done.returncode == 0 and "for 2 steps" in done.stdout, done.stderr
     refused = workplace("train", "--training.start-from", "nowhere")
     assert refused.returncode == 1 and "no checkpoint 'nowhere': not a folder" in refused.stderr
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from clean_notebooks import clean
+import zmq
+from clean_notebooks import clean, execute
 from colab import BADGE, repository, write_badges
 from IPython.core.inputtransformer2 import TransformerManager
 
@@ -108,14 +109,27 @@ def test_the_cleaner_repairs_and_check_reports(tmp_path):
     assert cell["outputs"][0]["data"] == {"text/plain": ["2"]}
 
 
-def test_a_notebook_run_twice_in_one_kernel_gives_the_same_numbers():
-    from nbclient import NotebookClient
+def test_executing_waits_a_second_at_most_before_it_looks_again(monkeypatch):
+    """The signal that a reply has come can be lost: here every longer wait for one has lost it."""
+    from jupyter_client.channels import AsyncZMQSocketChannel
+    look, replies = AsyncZMQSocketChannel.get_msg, []
+    async def get_msg(channel, timeout=None):
+        if channel.socket.type != zmq.DEALER: return await look(channel, timeout)
+        if timeout is None or timeout > 1: raise TimeoutError("nothing was heard")
+        replies.append(await look(channel, timeout))
+        return replies[-1]
+    monkeypatch.setattr(AsyncZMQSocketChannel, "get_msg", get_msg)
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import time; time.sleep(2.5); 1 + 1")])
+    execute(nb)
+    assert nb.cells[0].outputs[0]["data"] == {"text/plain": "2"}
+    assert "execute_reply" in [reply["msg_type"] for reply in replies]
 
+
+def test_a_notebook_run_twice_in_one_kernel_gives_the_same_numbers():
     nb = nbformat.read(ROOT / "notebooks" / "02_rmsnorm.ipynb", as_version=4)
     once = [c for c in nb.cells if c.cell_type == "code" and not c.metadata.get("tags")]
     nb.cells = once + [nbformat.from_dict(dict(c, id=f"{c.id}x")) for c in once]
-    resources = {"metadata": {"path": str(ROOT / "notebooks")}}
-    NotebookClient(nb, timeout=120, kernel_name="python3", resources=resources).execute()
+    execute(nb)
     first, second = nb.cells[:len(once)], nb.cells[len(once):]
     def shown(cell): return [o.get("data", o.get("text")) for o in cell.outputs]
     for a, b in zip(first, second, strict=True): assert shown(a) == shown(b), a.source

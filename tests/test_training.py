@@ -6,7 +6,6 @@ import shutil
 import sys
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -156,6 +155,27 @@ def test_parts_of_any_size_give_the_gradient_of_the_whole(batch, micro):
     expected.backward()
     assert accumulate_gradients(parts, x, y, micro, PLAIN) == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(gradient(parts), gradient(whole), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("fields", [{}, {"attention": "gqa"}, {"checkpointing": True}])
+def test_a_step_waits_for_the_device_once(batch, monkeypatch, fields, optimizer):
+    """On the meta device there are no numbers: every other read, a wait on a GPU, is an error."""
+    config = TrainingConfig(optimizer=optimizer)
+    with torch.device("meta"): model = LanguageModel(replace(SMALL, dropout=0.1, **fields))
+    run, reads = RunState(model, make_optimizer(model, config), scaler(False), 3), []
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(self.device.type) or [1.0, 1.0])
+    train_step(run, *(t.to("meta") for t in batch), config, 1e-3, PLAIN)
+    assert reads == ["meta"] and run.updates == 1
+
+
+def test_a_batch_is_looked_at_before_it_is_sent_to_a_gpu(go, monkeypatch):
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    monkeypatch.setattr(training, "train_step", None)
+    beyond = tokens + SMALL.vocab_size
+    for pair, named in (((beyond, tokens), "token ids"), ((tokens, tokens - 1), "targets")):
+        monkeypatch.setattr(training, "batches", lambda *args, pair=pair, **settings: [pair])
+        with pytest.raises(ValueError, match=f"{named} must be"): go()
 
 
 def test_a_scaled_gradient_is_unscaled_before_it_is_clipped(batch):
@@ -646,7 +666,7 @@ def test_a_run_starts_with_the_weights_it_is_told_to(go, given):
 def test_a_run_with_a_start_continues_bit_for_bit_without_it(go, given, tokenizer):
     whole = go("whole", start_from=given[1])
     go("cut", start_from=given[1], stop=7)
-    Path(given[1], "model.safetensors").unlink()
+    shutil.rmtree(given[1])
     assert losses(go("cut", resume=True, start_from=given[1])) == losses(whole)
 
 

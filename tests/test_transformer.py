@@ -12,9 +12,8 @@ import optimus.transformer
 from optimus.cache import KVCache, LatentCache
 from optimus.config import ModelConfig, count_parameters
 from optimus.rope import permute_rope
-from optimus.transformer import (LanguageModel, MLATransformerBlock, TransformerBlock, chunked_loss,
-                                 init_weights,
-                                 lm_loss)
+from optimus.transformer import (LanguageModel, MLATransformerBlock, TransformerBlock, check_targets,
+                                 chunked_loss, init_weights, lm_loss)
 
 KINDS = ["mla", "gqa"]
 B, T, V = 2, 13, 61
@@ -297,6 +296,13 @@ def test_a_cache_is_continued_or_refused(kind):
         long = model.new_cache(B, 99)
         model(draw_tokens(B, 17), long)
         with pytest.raises(ValueError, match="position 17 .* rope_seq_len = 17"): model(tokens[:, :1], long)
+
+def test_ids_on_another_device_are_read_outside_training_only():
+    with torch.device("meta"): model, tokens = LanguageModel(ModelConfig(**SIZES)), torch.zeros(1, 3).long()
+    assert model.train().loss(tokens, tokens).shape == ()
+    with pytest.raises(RuntimeError, match="meta"): model.eval()(tokens)  # no number can be read there
+    with pytest.raises(RuntimeError): check_targets(tokens, tokens, V)
+
 
 
 @pytest.mark.parametrize("targets, words", [
