@@ -310,7 +310,7 @@ def training_pair(model: LanguageModel, theirs: nn.Module, batch_size: int, leng
     dtype = amp_dtype("auto", device)
     pair = {}
     for name, net in {"ours": model, "theirs": TransformersLoss(theirs)}.items():
-        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=device.type == "cuda")
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
         run = RunState(net, optimizer, torch.amp.GradScaler(device.type, enabled=False), batch_size)
         create_optimizer_state(run)
         def step(run=run):

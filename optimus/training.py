@@ -233,7 +233,7 @@ class Muon(torch.optim.Optimizer):
 
 # %% ../notebooks/12_training.ipynb #96e7bdbc
 def make_optimizer(model: LanguageModel, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW (arXiv:1711.05101), fused on CUDA, or Muon with AdamW for the embedding. Only matrices decay."""
+    """AdamW (arXiv:1711.05101) in one fused kernel, or Muon with AdamW for the embedding. Matrices decay."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     embeddings = {id(model.embedding.weight), id(model.head.weight)}
     matrices = [p for p in parameters if p.ndim >= 2]
@@ -243,7 +243,7 @@ def make_optimizer(model: LanguageModel, config: TrainingConfig) -> torch.optim.
     if config.optimizer == "muon":
         hidden = dict(params=[p for p in matrices if id(p) not in embeddings], muon=True)
         return Muon([hidden, dict(params=[p for p in matrices if id(p) in embeddings]), gains], **shared)
-    return torch.optim.AdamW([dict(params=matrices), gains], fused=parameters[0].is_cuda, **shared)
+    return torch.optim.AdamW([dict(params=matrices), gains], fused=True, **shared)
 
 # %% ../notebooks/12_training.ipynb #8be88bc4
 @dataclass
