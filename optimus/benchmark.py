@@ -338,7 +338,9 @@ def training(model: LanguageModel, theirs: nn.Module, timed: int, whole: int, le
         peak = {}
         for name in ("ours", "theirs"):
             run, step = training_pair(model, theirs, whole, length, device)[name]
-            peak[name] = peak_bytes(step, run, device)
+            own = sum(state_bytes(run).values())  # on a GPU lie the other models too
+            others = torch.cuda.memory_allocated(device) - own if device.type == "cuda" else 0
+            peak[name] = peak_bytes(step, run, device) - others
             run.model.zero_grad(set_to_none=True)
         what = f"peak memory, {whole} x {length}, checkpointing {'on' if checkpointing else 'off'}"
         rows.append(dict(what=what, unit="MiB", **{name: size / 2**20 for name, size in peak.items()}))

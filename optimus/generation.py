@@ -171,18 +171,19 @@ class Context:
         self.model, self.vocab_size, self.said = for_decoding(model), vocab_size, None
         self.device = next((p.device for p in model.parameters()), tokens.device)
         self.tokens = torch.cat([tokens, tokens.new_zeros(B, max_new_tokens)], 1).to(self.device)
-        self.window, self.start, self.seen = model.config.rope_seq_len, 0, 0  # `seen`: tokens in the cache
+        self.window, self.start = model.config.rope_seq_len, 0
         self.cache = model.new_cache(B, min(self.window, self.tokens.shape[1])) if use_cache else None
 
     def logits(self) -> Tensor:
         """What the model says about the next token, (B, V)."""
         if self.end - self.start > self.window:
-            self.start, self.seen = self.end - max(1, self.window // 2), 0
+            self.start = self.end - max(1, self.window // 2)
             if self.cache is not None: self.cache.reset()
-        new = self.tokens[:, self.start + self.seen:self.end]
+        new = self.tokens[:, self.start:self.end]
         if self.cache is None: return self.model(new)[:, -1]
+        self.cache.length = min(self.cache.length, new.shape[1] - 1)  # less only if a look was interrupted
+        new = new[:, self.cache.length:]
         if new.shape[1] > 1: self.read(new[:, :-1])
-        self.seen = self.end - self.start
         return self.model(new[:, -1:], self.cache)[:, -1]
 
     def read(self, tokens: Tensor):
@@ -199,7 +200,11 @@ class Context:
 
     def append(self, drawn: Tensor) -> Tensor:
         """One token (B,) more in every row, whoever chose it; the room for them grows as needed."""
-        if self.end == self.tokens.shape[1]: self.tokens = torch.cat([self.tokens, 0 * self.tokens], 1)
+        if self.end == self.tokens.shape[1]:
+            self.tokens = torch.cat([self.tokens, 0 * self.tokens], 1)
+            if self.cache is not None and self.cache.max_length < self.window:  # one to be filled again
+                size = min(self.window, self.tokens.shape[1])
+                self.cache = self.model.new_cache(len(self.tokens), size)
         self.tokens[:, self.end] = drawn
         self.end, self.said = self.end + 1, None
         return drawn

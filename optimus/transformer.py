@@ -249,7 +249,7 @@ class LanguageModel(Saved):
                last: int = 0) -> Tensor:
         """What the head reads, the stream after the last norm: (B, T, C), or its end, (B, last, C).
 
-        The others then skip the last feed-forward, which nobody would read; a cache holds all of them.
+        With `last`, those before skip the last feed-forward, for nobody reads it; a cache holds them all.
         """
         check_tokens(tokens, self.config.vocab_size, wait=not self.training)
         pos = positions(tokens, pos, cache, self.config.rope_seq_len)

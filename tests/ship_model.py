@@ -74,7 +74,7 @@ def main(checkpoint: Path, name: str, command: str, earlier: str = "0"):
     lines = [f"| {step} | {bits:.3f} |" for step, bits in points]
     table = "\n".join(["| step | held-out bits per byte |", "|---|---|", *lines])
     part = config.eval_batches * config.batch_size  # windows a validation on the way looks at
-    if part: table += f"\n\nOn the way on the first {part} held-out windows, in the last row on all."
+    if part: table += f"\n\nOn the way on {part} of the held-out windows, in the last row on all."
     samples = []
     for seed in range(5):
         prompt = PROMPTS[seed % 2]

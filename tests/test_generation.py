@@ -10,7 +10,7 @@ from torch import nn
 
 from optimus.config import ModelConfig
 from optimus.data import train_tokenizer
-from optimus.generation import (apply_temperature, generate, keep_min_p, keep_top_k, keep_top_p,
+from optimus.generation import (Context, apply_temperature, generate, keep_min_p, keep_top_k, keep_top_p,
                                 next_token_probabilities, stream, text_pieces)
 from optimus.transformer import LanguageModel
 
@@ -477,3 +477,38 @@ def test_a_consumer_that_stops_leaves_the_model_as_it_was(tokenizer):
     next(pieces)
     assert model.training and torch.is_grad_enabled()
     pieces.close()
+
+
+# A text that grows by hand, and looks that are interrupted
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("room", [0, 1, 2, 30])
+def test_a_context_grows_beyond_what_was_foreseen_and_past_the_window(kind, room):
+    model = make_model(kind)
+    with_cache, without = (Context(model, prompt(T=4), room, use_cache) for use_cache in (True, False))
+    for step in range(2 * WINDOW):
+        torch.testing.assert_close(with_cache.look(), without.look(), rtol=1e-4, atol=1e-4)
+        drawn = torch.tensor([step % V, 3])
+        with_cache.append(drawn)
+        without.append(drawn)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("place", [1, 2])
+def test_an_interrupted_look_can_be_repeated(kind, after, place, monkeypatch):
+    """Interrupted before or after a pass of the model: that of the prompt, or that of the last token."""
+    model, passes = make_model(kind), []
+    context, calm = (Context(model, prompt(), 5, True) for _ in range(2))
+    original = type(context.model).hidden
+    def hidden(self, *args, **last):
+        passes.append(self)
+        if len(passes) == place and not after: raise KeyboardInterrupt
+        out = original(self, *args, **last)
+        if len(passes) == place: raise KeyboardInterrupt
+        return out
+    with monkeypatch.context() as patched:
+        patched.setattr(type(context.model), "hidden", hidden)
+        with pytest.raises(KeyboardInterrupt): context.look()
+    torch.testing.assert_close(context.look(), calm.look())
+    assert context.cache.length == calm.cache.length == 5

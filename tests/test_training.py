@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -163,7 +164,9 @@ def test_a_step_waits_for_the_device_once(batch, monkeypatch, fields, optimizer)
     """On the meta device there are no numbers: every other read, a wait on a GPU, is an error."""
     config = TrainingConfig(optimizer=optimizer)
     with torch.device("meta"): model = LanguageModel(replace(SMALL, dropout=0.1, **fields))
-    run, reads = RunState(model, make_optimizer(model, config), scaler(False), 3), []
+    # AdamW's fused kernel does not exist there
+    adamw = optimizer == "adamw" and torch.optim.AdamW(model.parameters(), fused=False)
+    run, reads = RunState(model, adamw or make_optimizer(model, config), scaler(False), 3), []
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(self.device.type) or [1.0, 1.0])
     train_step(run, *(t.to("meta") for t in batch), config, 1e-3, PLAIN)
     assert reads == ["meta"] and run.updates == 1
@@ -380,6 +383,40 @@ def test_settings_that_change_no_number_may_change(go):
     go("run", stop=3)
     changed = dict(num_workers=1, save_interval=20, keep_last=1, micro_batch_size=4)
     assert len(go("run", resume=True, **changed).history) == 40
+
+
+def test_activation_checkpointing_may_be_switched_on_resume_and_changes_no_bit(go):
+    whole, other = go("whole"), replace(SMALL, checkpointing=not SMALL.checkpointing)
+    go("run", stop=7)
+    result = go("run", resume=True, model=other)
+    assert losses(result) == losses(whole) and result.model.config == other
+    assert LanguageModel.from_pretrained(result.checkpoint).config == other
+
+
+def test_the_speed_counts_the_wait_for_data_and_not_the_validation(go, monkeypatch):
+    def slowly(*args, **settings):
+        for pair in batches(*args, **settings):
+            time.sleep(0.2)
+            yield pair
+    original = training.evaluate
+    def evaluate(*args): time.sleep(0.5); return original(*args)
+    monkeypatch.setattr(training, "batches", slowly)
+    monkeypatch.setattr(training, "evaluate", evaluate)
+    config = dict(max_steps=4, eval_interval=1, batch_size=8, max_length=16)
+    rates = [row["tokens_per_second"] for row in go(**config).history]
+    assert all(rate <= 8 * 16 / 0.2 for rate in rates) and max(rates) > 8 * 16 / 0.7
+
+
+def test_a_part_of_the_validation_is_spread_over_all_of_it(tokenizer, monkeypatch):
+    sequences = Sequences(prepare({"text": TEXTS}, tokenizer), "train", 16)
+    taken, read = [], sequences.__getitems__
+    monkeypatch.setattr(sequences, "__getitems__", lambda rows: taken.append(rows[0]) or read(rows))
+    n = len(sequences)
+    for most in (0, n, n - 1, 3 * n // 4, n // 2 + 1, 4, 1):
+        taken.clear()
+        evaluate(tiny(), sequences, 1, most)
+        gaps = {b - a for a, b in zip(taken, [*taken[1:], n])}
+        assert len(taken) == (most or n) and taken[0] == 0 and max(gaps) - min(gaps) <= 1, most
 
 
 def test_a_found_micro_batch_is_kept_on_resume(go, monkeypatch):
