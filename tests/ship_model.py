@@ -1,8 +1,10 @@
-"""Turn a checkpoint into a model of the package: python tests/ship_model.py CHECKPOINT NAME COMMAND [EARLIER]
+"""Turn a checkpoint into a model of the package:
+
+    python tests/ship_model.py CHECKPOINT NAME COMMAND [EARLIER ...]
 
 Writes optimus/models/NAME: weights in bfloat16, config, tokenizer, the curve, and a README.md whose numbers
-are measured here, from the weights as they are shipped. EARLIER: the command and the tokens of the run that
-this one started from, as "TOKENS COMMAND".
+are measured here, from the weights as they are shipped. EARLIER: the tokens and the command of a run that
+this one started from, as "TOKENS COMMAND", the first run first.
 """
 import json
 import shutil
@@ -30,7 +32,8 @@ spoke. It is made for learning.
 * Training: {tokens:,} tokens, {passes:.1f} passes over the training part, on two CPU cores in float32.
   {earlier}`{command}`, {steps:,} steps; the weights are those of step {best:,}.
 * Held out: {documents} whole documents, {bytes:,} bytes. **{bits:.3f} bits per byte** with the weights as
-  shipped, in bfloat16 ({exact:.3f} before rounding), in windows of {length} tokens.
+  shipped, in bfloat16 ({exact:.3f} before rounding), in windows of {length} tokens; {short:.3f} in windows of
+  {half}.
 * Open it: `LanguageModel.from_pretrained("{name}")` and `load_tokenizer("{name}")`,
   or `optimus generate --checkpoint {name}`.
 
@@ -52,7 +55,7 @@ def held_out(model, corpus, length):
     return corpus.bits_per_byte(evaluate(model.eval(), windows, 8))
 
 
-def main(checkpoint: Path, name: str, command: str, earlier: str = "0"):
+def main(checkpoint: Path, name: str, command: str, *earlier: str):
     folder, state = MODELS / name, json.loads((checkpoint / "trainer_state.json").read_text())
     config = TrainingConfig.from_dict(state["training_config"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,15 +85,17 @@ def main(checkpoint: Path, name: str, command: str, earlier: str = "0"):
         text = "".join(stream(model, tokenizer, prompt, **settings))
         samples.append(f"**{seed}.** *{prompt}*" + text.replace("\n", " "))
     c, steps = model.config, rows[-1]["step"]
-    before, _, first_command = earlier.partition(" ")
-    tokens = int(before) + steps * config.batch_size * config.max_length
-    told = f"First `{first_command}`, {int(before):,} tokens, rounded to bfloat16. From there\n  "
+    before = [(int(tokens), done) for tokens, _, done in (run.partition(" ") for run in earlier)]
+    tokens = sum(n for n, _ in before) + steps * config.batch_size * config.max_length
+    told = [f"{'Then' if i else 'First'} `{done}`, {n:,} tokens.\n  " for i, (n, done) in enumerate(before)]
+    if told: told.append("Each run started from the weights of the one before, rounded to bfloat16. Last\n  ")
     (folder / "README.md").write_text(CARD.format(
         name=name, parameters=model.num_parameters(), attention=c.attention.upper(), layers=c.num_layers,
         width=c.embedding_dim, context=c.rope_seq_len, vocabulary=c.vocab_size, tokens=tokens,
-        steps=steps, earlier=told if first_command else "", passes=tokens / prepared.train_tokens,
+        steps=steps, earlier="".join(told), passes=tokens / prepared.train_tokens,
         best=state["step"], command=command,
-        length=config.max_length,
+        length=config.max_length, half=config.max_length // 2,
+        short=held_out(model, prepared, config.max_length // 2),
         documents=prepared.validation_documents, bytes=prepared.validation_bytes,
         bits=held_out(model, prepared, config.max_length), curve=table, samples="\n\n".join(samples),
         exact=held_out(LanguageModel.from_pretrained(checkpoint), prepared, config.max_length)),
