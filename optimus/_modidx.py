@@ -356,6 +356,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'optimus.generation.Context.logits': ('sampling.html#context.logits', 'optimus/generation.py'),
                                     'optimus.generation.Context.look': ('sampling.html#context.look', 'optimus/generation.py'),
                                     'optimus.generation.Context.read': ('sampling.html#context.read', 'optimus/generation.py'),
+                                    'optimus.generation.Context.room': ('sampling.html#context.room', 'optimus/generation.py'),
                                     'optimus.generation.FixedView': ('sampling.html#fixedview', 'optimus/generation.py'),
                                     'optimus.generation.FixedView.__init__': ('sampling.html#fixedview.__init__', 'optimus/generation.py'),
                                     'optimus.generation.FixedView.update': ('sampling.html#fixedview.update', 'optimus/generation.py'),

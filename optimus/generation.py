@@ -172,7 +172,11 @@ class Context:
         self.device = next((p.device for p in model.parameters()), tokens.device)
         self.tokens = torch.cat([tokens, tokens.new_zeros(B, max_new_tokens)], 1).to(self.device)
         self.window, self.start = model.config.rope_seq_len, 0
-        self.cache = model.new_cache(B, min(self.window, self.tokens.shape[1])) if use_cache else None
+        self.cache = self.room() if use_cache else None
+
+    def room(self) -> Cache:
+        """An empty cache for as many tokens as are foreseen and the model can see."""
+        return self.model.new_cache(len(self.tokens), min(self.window, self.tokens.shape[1]))
 
     def logits(self) -> Tensor:
         """What the model says about the next token, (B, V)."""
@@ -202,9 +206,7 @@ class Context:
         """One token (B,) more in every row, whoever chose it; the room for them grows as needed."""
         if self.end == self.tokens.shape[1]:
             self.tokens = torch.cat([self.tokens, 0 * self.tokens], 1)
-            if self.cache is not None and self.cache.max_length < self.window:  # one to be filled again
-                size = min(self.window, self.tokens.shape[1])
-                self.cache = self.model.new_cache(len(self.tokens), size)
+            if self.cache is not None and self.cache.max_length < self.window: self.cache = self.room()
         self.tokens[:, self.end] = drawn
         self.end, self.said = self.end + 1, None
         return drawn

@@ -297,12 +297,12 @@ def test_a_cache_is_continued_or_refused(kind):
         model(draw_tokens(B, 17), long)
         with pytest.raises(ValueError, match="position 17 .* rope_seq_len = 17"): model(tokens[:, :1], long)
 
+
 def test_ids_on_another_device_are_read_outside_training_only():
     with torch.device("meta"): model, tokens = LanguageModel(ModelConfig(**SIZES)), torch.zeros(1, 3).long()
     assert model.train().loss(tokens, tokens).shape == ()
     with pytest.raises(RuntimeError, match="meta"): model.eval()(tokens)  # no number can be read there
     with pytest.raises(RuntimeError): check_targets(tokens, tokens, V)
-
 
 
 @pytest.mark.parametrize("targets, words", [
