@@ -74,14 +74,6 @@ def jobs(kind):
     return [dict(settings=settings) | job for job in plan]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
     """Runs on one process, by name: the curves that two ranks must show."""
