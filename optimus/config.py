@@ -217,7 +217,7 @@ PRESETS = {
                             eval_interval=350, eval_batches=32, save_interval=350, sample_interval=350)),
     "presidents": (ModelConfig(vocab_size=4096, embedding_dim=256, num_layers=6, num_attention_heads=4,
                                checkpointing=False, rope_seq_len=1024, dropout=0.1),
-                   TrainingConfig(dataset_name="sotu", batch_size=4, max_length=512, learning_rate=6e-3,
+                   TrainingConfig(dataset_name="sotu", batch_size=2, max_length=1024, learning_rate=6e-3,
                                   min_learning_rate=0.0, weight_decay=0.1, optimizer="muon", max_steps=3000,
                                   num_workers=0, eval_interval=250, eval_batches=40, save_interval=250,
                                   sample_interval=500)),
