@@ -276,6 +276,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'optimus.exercises.nucleus_loop': ('start_here.html#nucleus_loop', 'optimus/exercises.py'),
                                    'optimus.exercises.one_query_loop': ('start_here.html#one_query_loop', 'optimus/exercises.py'),
                                    'optimus.exercises.online': ('start_here.html#online', 'optimus/exercises.py'),
+                                   'optimus.exercises.parameters_and_memory': ( 'start_here.html#parameters_and_memory',
+                                                                                'optimus/exercises.py'),
                                    'optimus.exercises.passed': ('start_here.html#passed', 'optimus/exercises.py'),
                                    'optimus.exercises.perplexity_loop': ('start_here.html#perplexity_loop', 'optimus/exercises.py'),
                                    'optimus.exercises.place_loop': ('start_here.html#place_loop', 'optimus/exercises.py'),

@@ -67,7 +67,10 @@ def publish(half: Path, final: Path) -> None:
     old = final.with_name(f".old-{final.name}")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists(): os.replace(final, old)
-    os.replace(half, final)
+    try: os.replace(half, final)
+    except OSError:
+        if old.exists(): os.replace(old, final)
+        raise
     sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -117,13 +120,20 @@ def save_checkpoint(run_folder: str | Path, model: LanguageModel, step: int, *,
 
 # %% ../notebooks/11_checkpoints.ipynb #0361face
 def remove_leftovers(run_folder: str | Path) -> list[str]:
-    """Delete what an interrupted save or prune left behind (its names begin with a dot); return the names."""
-    leftovers = [p for p in Path(run_folder).glob(".*-step-*") if re.match(r"\.(half|old)-step-\d+$", p.name)]
-    for path in leftovers:
-        lost = path.name.startswith(".old-") and not step_folders(run_folder) and problem(path) is None
-        if lost: os.replace(path, path.with_name(path.name.removeprefix(".old-")))  # killed inside `publish`
+    """Clear away what an interrupted save or prune left behind (names begin with a dot); return the names.
+
+    A kill between the two renames of `publish` leaves a step under two hidden names and not under its own:
+    then the newer copy that is sound gets the name back.
+    """
+    run = Path(run_folder)
+    leftovers = sorted(p.name for p in run.glob(".*-step-*") if re.match(r"\.(half|old)-step-\d+$", p.name))
+    for name in leftovers:  # .half-* before .old-*
+        path, final = run / name, run / name.removeprefix(".half-").removeprefix(".old-")
+        between = {f".half-{final.name}", f".old-{final.name}"} <= set(leftovers)
+        wanted = between or name.startswith(".old-") and not step_folders(run)
+        if wanted and not final.exists() and problem(path) is None: os.replace(path, final)
         else: shutil.rmtree(path, ignore_errors=True)
-    return [p.name for p in leftovers]
+    return leftovers
 
 def prune(run_folder: str | Path, keep_last: int, *keep_steps: int | None) -> None:
     """Delete all checkpoints but the newest `keep_last` and `keep_steps`; a failed delete is a warning."""
@@ -145,6 +155,8 @@ def problem(folder: str | Path) -> str | None:
     except (OSError, ValueError): return "manifest.json cannot be read"
     if not isinstance(manifest, dict) or not {"model.safetensors", "config.json"} <= manifest.keys():
         return "manifest.json does not list model.safetensors and config.json"
+    for name in ("tokenizer.json", "trainer_state.json", "train_state.pt"):
+        if name not in manifest and (folder / name).exists(): return f"manifest.json does not list {name}"
     for name, facts in manifest.items():
         path = folder / name
         if Path(name).name != name or path.is_symlink():

@@ -183,7 +183,8 @@ def read_text_file(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         found = f"byte {error.start} is {data[error.start]:#04x}"
         raise ValueError(f"{path} is not UTF-8 ({found}); save it as UTF-8") from None
-    return [document.strip("\r\n") for document in text.split(END_OF_TEXT) if document.strip()]
+    documents = re.split(rf"(?m)^{re.escape(END_OF_TEXT)}[ \t]*\r?$", text)
+    return [document.strip("\r\n") for document in documents if document.strip()]
 
 def read_table(path: Path) -> list[str]:
     """The `text` column of a .jsonl or .parquet file."""

@@ -1284,13 +1284,16 @@ def too_old_loop(steps, keep_last, best):
 
 def saved_steps(random, n):
     steps = sorted({10 * whole(random, 1, 30) for _ in range(n + 2)})
-    return steps, whole(random, 1, n), steps[whole(random, 0, len(steps) - 1)]
+    keep_last = len(steps) + 1 if n % 4 == 2 else whole(random, 1, n)
+    return steps, keep_last, steps[whole(random, 0, len(steps) - 1)]
 
 exercise("too_old", "11_checkpoints",
     "Which of the saved steps (ascending) may be deleted, when the newest keep_last and the step best must "
     "stay.",
     too_old_loop, inputs=saved_steps, hints=("steps[:-keep_last], without best.",),
     mutants={
+        "counts from the end when more are kept than there are": lambda s, k,
+            b: [x for x in s[:len(s) - k] if x != b],
         "best deleted": lambda s, k, b: s[:-k], "the oldest kept": lambda s, k,
             b: [x for x in s[k:] if x != b],
         "one more kept": lambda s, k, b: [x for x in s[:-k - 1] if x != b],
@@ -1578,16 +1581,18 @@ def looks_permuted_loop(a, b, tokens):
     return gaps[0] <= 1e-4 and max(gaps) > 1e-4
 
 def logits_pair(random, n):
-    """Two functions that agree everywhere, nowhere, only first, only later, or from a place on."""
+    """Two functions that agree everywhere, nowhere, only first, only later, or but for one place."""
     base = randn(random, 40, 3)
     other = base + 0.5 + rand(random, 40, 3)
-    T, kind = n + 2, n % 6
+    T, kind = n + 2, n % 8
     differs = torch.zeros(T, dtype=torch.bool)
     if kind == 1: differs[1:] = True
     if kind == 2: differs[:] = True
     if kind == 3: differs[0] = True
     if kind == 4: differs[-1] = True
-    if kind == 5: other, differs[1:] = base + 1e-6, True
+    if kind == 5: differs[whole(random, 1, T - 2)] = True
+    if kind == 6: other, differs[1:] = base + 1e-6, True
+    if kind == 0: other, differs[1:] = base + torch.tensor([0.0, 0.0, 1.0]), True
     def a(tokens): return base[tokens]
     def b(tokens): return torch.where(differs[None, :tokens.shape[1], None], other[tokens], base[tokens])
     return a, b, ids(random, 40, 1, T)
@@ -1603,7 +1608,11 @@ exercise("looks_permuted", "13_interop",
         "any difference": lambda a, b, t: bool((a(t) - b(t)).abs().max() > 1e-4),
         "equal at position 0": lambda a, b, t: bool((a(t) - b(t))[:, 0].abs().max() <= 1e-4),
         "bit for bit": lambda a, b, t: bool((a(t)[:, 0] == b(t)[:, 0]).all() and (a(t) != b(t)).any()),
-        "only the last position": lambda a, b, t: bool((a(t) - b(t))[:, 0].abs().max() > 1e-4),
+        "different at position 0": lambda a, b, t: bool((a(t) - b(t))[:, 0].abs().max() > 1e-4),
+        "only the first and the last position": lambda a, b, t: bool((a(t) - b(t))[:, 0].abs().max() <= 1e-4
+            and (a(t) - b(t))[:, -1].abs().max() > 1e-4),
+        "one logit for all": lambda a, b, t: looks_permuted_loop(lambda t: a(t)[..., :1],
+                                                                 lambda t: b(t)[..., :1], t),
         "everywhere later": lambda a, b, t: bool((a(t) - b(t))[:, 0].abs().max() <= 1e-4 and (
             (a(t) - b(t))[:, 1:].abs().amax((0, 2)) > 1e-4).all()),
         "signed difference": lambda a, b, t: bool((a(t) - b(t))[:,
@@ -1686,11 +1695,17 @@ def fewest_gpus_loop(parameters, gigabytes):
     while 16 * parameters / gpus > gigabytes * 1e9 / 2: gpus *= 2
     return gpus
 
+def parameters_and_memory(random, n):
+    """Any size; one that fits exactly; one that would fit if a gigabyte had 2**30 bytes."""
+    gigabytes = whole(random, 1, 9) * 16
+    full = gigabytes * 1e9 / 32 * 2 ** whole(random, 0, n)
+    return (1e8 * 3.0 ** whole(random, 0, n), full, 1.05 * full)[n % 3], gigabytes
+
 exercise("fewest_gpus", "14_scale_out",
     "fewest_gpus(parameters, gigabytes): the smallest power of two of GPUs on which FSDP's 16 bytes a "
     "parameter take at most half of the "
     "memory (gigabytes of 1e9 bytes).",
-    fewest_gpus_loop, inputs=lambda random, n: (1e8 * 3.0 ** whole(random, 0, n), whole(random, 1, 9) * 16),
+    fewest_gpus_loop, inputs=parameters_and_memory,
     hints=("Begin with 1 and double.", "16 * parameters / gpus <= gigabytes * 1e9 / 2."),
     mutants={
         "all of the memory": lambda n, g: fewest_gpus_loop(n / 2, g), "4 bytes": lambda n,
@@ -1699,6 +1714,8 @@ exercise("fewest_gpus", "14_scale_out",
             g: max(1, math.ceil(16 * n / (g * 5e8))),
         "one doubling too many": lambda n, g: 2 * fewest_gpus_loop(n, g), "at least two": lambda n, g: max(2,
             fewest_gpus_loop(n, g)),
+        "gigabytes of 2**30 bytes": lambda n, g: fewest_gpus_loop(n, g * 2**30 / 1e9),
+        "less than half": lambda n, g: fewest_gpus_loop(n * (1 + 1e-9), g),
         "DDP, which does not shard": lambda n, g: 1})
 
 # %% ../notebooks/00_start_here.ipynb #7170df38

@@ -661,6 +661,7 @@ def train(model_config: ModelConfig, training_config: TrainingConfig, *, resume:
     if config.batch_size % spread.ranks:
         raise ValueError(f"batch_size is {config.batch_size}; it must be a multiple of {spread.ranks} ranks")
     folder = spread.first(lambda: run_folder(config, resume))  # refuses before the corpus is tokenized
+    if resume: spread.first(lambda: remove_leftovers(folder))  # a step cut off between two names comes back
     saved = spread.first(lambda: latest_checkpoint(folder) if resume and folder.is_dir() else None)
     if saved and tokenizer is None: tokenizer = load_tokenizer(saved)  # where the run began may be gone
     tokenizer, prepared = spread.first(lambda: tokenize(model_config, config, corpus, tokenizer, say))
@@ -670,7 +671,6 @@ def train(model_config: ModelConfig, training_config: TrainingConfig, *, resume:
     spread.note(folder.name)
     facts = {"model_config": asdict(model_config), "training_config": asdict(config),
              "corpus": {"name": config.dataset_name, "fingerprint": prepared.fingerprint}}
-    spread.first(lambda: remove_leftovers(folder))
     own = [device] if device.type == "cuda" else []
     precision = amp_dtype(config.amp, device)
     with torch.random.fork_rng(own), tensor_cores(precision, device), StopRequest() as stop:

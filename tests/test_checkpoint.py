@@ -1,4 +1,5 @@
 """What must stay true of optimus.checkpoint. Derived in notebooks/11_checkpoints.ipynb."""
+import errno
 import json
 import os
 import shutil
@@ -139,6 +140,47 @@ def test_leftovers_of_a_killed_save_are_no_checkpoints_and_go(run):
     assert latest_checkpoint(run).name == "step-00000003"
     assert sorted(remove_leftovers(run)) == [".half-step-00000004", ".old-step-00000001"]
     assert (run / ".keep").is_dir() and not (run / ".half-step-00000004").exists()
+
+
+def test_a_kill_between_the_two_renames_of_a_save_brings_the_new_copy_back(run, model):
+    """Whatever other steps there are; and the old one, when the new one is damaged."""
+    path = save_checkpoint(run, model, 3, trainer_state={"seed": 8})
+    old, half = run / f".old-{path.name}", run / f".half-{path.name}"
+    shutil.copytree(run / "step-00000002", old)
+    path.rename(half)
+    assert latest_checkpoint(run).name == "step-00000002"
+    assert remove_leftovers(run) == [half.name, old.name]
+    assert latest_checkpoint(run) == path and load_checkpoint(path).trainer_state["seed"] == 8
+    assert not half.exists() and not old.exists()
+    path.rename(old)
+    shutil.copytree(run / "step-00000002", half)
+    (half / "config.json").write_text("{}")
+    remove_leftovers(run)
+    assert latest_checkpoint(run) == path and not half.exists() and not old.exists()
+
+
+def test_a_save_again_that_cannot_be_renamed_leaves_the_old_one_in_place(run, model, monkeypatch):
+    replace, before = os.replace, sorted(os.listdir(run))
+    def refuse(old, new):
+        if ".half-" in str(old): raise OSError(errno.EIO, "the disk said no")
+        replace(old, new)
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(CheckpointError, match="the disk said no"):
+        save_checkpoint(run, model, 3, trainer_state={"seed": 8})
+    assert sorted(os.listdir(run)) == before and problem(run / "step-00000003") is None
+
+
+@pytest.mark.parametrize("name", ["train_state.pt", "tokenizer.json", "trainer_state.json"])
+def test_a_file_that_the_manifest_does_not_list_is_not_read(run, model, name):
+    path = save_checkpoint(run, model, 4)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest.pop(name, None)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / name).write_text("from elsewhere")
+    with pytest.raises(CheckpointError, match=f"manifest.json does not list {name}"): load_checkpoint(path)
+    (path / name).unlink()
+    (path / "notes.txt").write_text("anybody's own file does no harm")
+    assert load_checkpoint(path).train_state is None
 
 
 DISK_FULL = """

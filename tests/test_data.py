@@ -140,6 +140,13 @@ def write_corpora(folder: Path) -> dict[str, Path]:
     return paths
 
 
+def test_only_a_line_of_end_of_text_divides_a_file(tmp_path):
+    inside = f"GPT-2 ends a document with {END_OF_TEXT} in its data.\nSecond line."
+    text = f"{inside}\r\n{END_OF_TEXT} \r\nsecond\n{END_OF_TEXT}"
+    (tmp_path / "corpus.txt").write_text(text, encoding="utf-8", newline="")
+    assert load_corpus(tmp_path / "corpus.txt")["text"][:] == [inside, "second"]
+
+
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
 def test_local_files_give_their_documents(tmp_path, kind):
     corpus = load_corpus(write_corpora(tmp_path)[kind])

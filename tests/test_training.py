@@ -582,13 +582,15 @@ def test_resuming_a_finished_run_changes_nothing(go):
     assert losses(again) == losses(done) and not again.model.training
 
 
-def test_a_kill_between_the_two_renames_of_a_save_loses_nothing(go):
-    from optimus.checkpoint import remove_leftovers
-
+@pytest.mark.parametrize("hidden", [(".old-",), (".old-", ".half-")])
+def test_a_kill_between_the_two_renames_of_a_save_loses_nothing(go, hidden):
     path = go("run", stop=3).checkpoint
-    path.rename(path.with_name(f".old-{path.name}"))
-    remove_leftovers(path.parent)
-    assert latest_checkpoint(path.parent) == path
+    for prefix in hidden: shutil.copytree(path, path.with_name(prefix + path.name))
+    shutil.rmtree(path)
+    taken = []
+    result = go("run", resume=True, on_step=lambda row: taken.append(row["step"]))
+    assert taken[0] == 4 and not list(path.parent.glob(".*-step-*"))
+    assert losses(result) == losses(go("whole"))
 
 
 def test_resume_without_a_run_is_an_error_and_failed_starts_are_not_runs(go, tmp_path):
