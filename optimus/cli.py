@@ -22,7 +22,7 @@ from optimus.checkpoint import CheckpointError, latest_checkpoint, step_folders
 from optimus.config import PRESETS
 from optimus.data import cache_folder, shipped_models
 from optimus.generation import check_settings
-from optimus.training import best_device, run_folder
+from optimus.training import best_device, out_of_memory, run_folder
 from optimus.transformer import saved_config
 
 CHECKPOINTS = TrainingConfig.checkpoint_dir
@@ -93,6 +93,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; return its exit code: 0, 1 for an error, 128 + n when signal n ended training."""
     argv = sys.argv[1:] if argv is None else argv
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows a question mark
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
     try:
         if argv == ["--version"]: return print(f"optimus {version('optimus')}") or 0
         command = parse(argv)
@@ -109,6 +111,13 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\noptimus: interrupted", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        first = str(error).strip().partition("\n")[0]
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            print(f"optimus: torch.compile failed ({first}); it needs a C++ compiler (g++)", file=sys.stderr)
+        elif out_of_memory(error): print(f"optimus: out of memory: {first}", file=sys.stderr)
+        else: raise
+        return 1
 
 
 def parse(argv: list[str]) -> Train | Generate | Export | Bench | Info:
@@ -202,6 +211,7 @@ def automatic_preset() -> str: return "base" if best_device().type == "cuda" els
 def train(command: Train) -> int:
     from optimus.distributed import join, starts_before  # a second of importing that --help need not wait for
     config, model = command.training, command.model
+    if command.corpus == "": raise ValueError("--corpus is empty; give sotu, a file, a folder or a dataset")
     if command.corpus: config = replace(config, dataset_name=command.corpus)
     spread = join(config.parallel)
     device = spread.device or best_device()
@@ -227,7 +237,7 @@ def train(command: Train) -> int:
     say = say_above_the_bar if spread.rank == 0 else lambda text: None
     result = optimus.train(model, config, resume=resume, say=say, spread=spread, progress=spread.rank == 0)
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
-    last = result.history[-1]
+    last = {"step": int(result.checkpoint.name[5:])} | (result.history or [{}])[-1]
     if result.stopped_by:
         where = {"--training.checkpoint-dir": config.checkpoint_dir != CHECKPOINTS and config.checkpoint_dir,
                  "--training.run-name": config.run_name}  # without a name: the newest run
@@ -238,8 +248,10 @@ def train(command: Train) -> int:
         return 128 + result.stopped_by
     named = f" --checkpoint {shlex.quote(str(result.checkpoint))}"
     where = "" if config.checkpoint_dir == CHECKPOINTS else named
-    tell(f"\ntrained {result.model.num_parameters():,} parameters for {last['step']:,} steps; "
-         f"held-out loss {last['validation_loss']:.3f}, {last['bits_per_byte']:.3f} bits per byte\n"
+    held_out = ""
+    if "bits_per_byte" in last:
+        held_out = f"; held-out loss {last['validation_loss']:.3f}, {last['bits_per_byte']:.3f} bits per byte"
+    tell(f"\ntrained {result.model.num_parameters():,} parameters for {last['step']:,} steps{held_out}\n"
          f"saved {result.checkpoint}\n\nnext:\n"
          f"    optimus generate \"The public debt\"{where}\n"
          f"    tensorboard --logdir {config.tensorboard_dir}")
@@ -248,7 +260,7 @@ def train(command: Train) -> int:
 
 def say_above_the_bar(text: str):
     from tqdm import tqdm
-    tqdm.write(text)
+    with contextlib.suppress(OSError): tqdm.write(text)  # a reader that has gone must not end a run
 
 
 def find_checkpoint(path_or_name: str | None) -> Path:
@@ -367,11 +379,13 @@ def bench(command: Bench) -> int:
         raise ValueError("--device cuda: this machine has no CUDA GPU that torch can use")
     if command.json and not command.json.absolute().parent.is_dir():
         raise ValueError(f"--json {command.json}: there is no folder {command.json.parent}")
+    if command.json and command.json.is_dir():
+        raise ValueError(f"--json {command.json} is a folder; give the name of a file")
     model, _ = PRESETS[command.preset]
     result = benchmark.bench(model, device=device, quick=command.quick,
                              say=lambda text: print(f"measuring {text}", file=sys.stderr, flush=True))
-    if command.json: command.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(benchmark.bench_table(result))
+    if command.json: command.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -387,10 +387,10 @@ def prepare(corpus, tokenizer: Tokenizer, train_fraction: float = 0.9,
     for start in range(0, len(texts), 1000):
         for text in texts[start:start + 1000]: digest.update(hashlib.sha256(text.encode()).digest())
     folder = cache_folder() / "tokens" / digest.hexdigest()[:16]
-    if (folder / "done.json").is_file(): return read_prepared(folder)
+    if done := read_prepared(folder): return done
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # two processes that want the same corpus: one works, the other waits
-        if (folder / "done.json").is_file(): return read_prepared(folder)
+        if done := read_prepared(folder): return done
         half = folder.with_name(f"{folder.name}.half")
         shutil.rmtree(folder, ignore_errors=True)
         half.mkdir(exist_ok=True)
@@ -407,8 +407,10 @@ def prepare(corpus, tokenizer: Tokenizer, train_fraction: float = 0.9,
         os.replace(half, folder)
     return read_prepared(folder)
 
-def read_prepared(folder: Path) -> PreparedCorpus:
-    return PreparedCorpus(str(folder), **json.loads((folder / "done.json").read_text()))
+def read_prepared(folder: Path) -> PreparedCorpus | None:
+    """What `prepare` left in `folder`; None when it did not come to its end, or its last file is damaged."""
+    try: return PreparedCorpus(str(folder), **json.loads((folder / "done.json").read_text()))
+    except (FileNotFoundError, ValueError, TypeError): return None
 
 # %% ../notebooks/09_data.ipynb #092aed7e
 class Sequences(torch.utils.data.Dataset):

@@ -138,16 +138,16 @@ def inference_copy(model: LanguageModel, weights: torch.dtype, dtype: torch.dtyp
     """`model` in eval mode, its matrices kept in `weights`, everything computed in `dtype`.
 
     A matrix that has the dtype already is shared, not copied; so is a tied embedding. Linear layers of at
-    least `smallest` weights become a RowLinear.
+    least `smallest` weights become a RowLinear; a layer of your own class, or with a bias, stays as it is.
     """
     changed = {id(p): nn.Parameter(p.detach().to(weights if p.ndim > 1 else dtype), requires_grad=False)
                for p in model.parameters()}
     twin = copy.deepcopy(model, changed).eval()  # whoever held p holds changed[id(p)]
     for module in list(twin.modules()):
         for name, part in module.named_children():
-            if isinstance(part, nn.Linear) and part.weight.numel() >= smallest:
+            if type(part) is nn.Linear and part.bias is None and part.weight.numel() >= smallest:
                 setattr(module, name, RowLinear(part.weight))
-            if isinstance(part, nn.Embedding): setattr(module, name, WideEmbedding(part.weight, dtype))
+            if type(part) is nn.Embedding: setattr(module, name, WideEmbedding(part.weight, dtype))
     return twin
 
 def for_decoding(model: nn.Module) -> nn.Module:
@@ -156,6 +156,8 @@ def for_decoding(model: nn.Module) -> nn.Module:
     if type(model) is not LanguageModel or not libraries: return model
     w = model.embedding.weight
     if w.device.type != "cpu" or w.dtype != torch.float32: return model
+    heard = any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+    if heard: return model  # a twin's steps would call nobody's hooks
     return inference_copy(model, w.dtype, w.dtype, smallest=2**19)  # below, starting it costs more
 
 # %% ../notebooks/10_sampling.ipynb #da3ff195

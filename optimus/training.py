@@ -15,9 +15,10 @@ as far as its kernels add up in a fixed order."""
 # %% auto #0
 __all__ = ['ONE_PROCESS', 'FREE_TO_CHANGE', 'best_device', 'amp_dtype', 'autocast', 'tensor_cores', 'OneProcess',
            'accumulate_gradients', 'learning_rate_at', 'orthogonalize', 'whole_of', 'cut_like', 'Muon',
-           'make_optimizer', 'RunState', 'train_step', 'StopRequest', 'RunLog', 'evaluate', 'choose_tokenizer',
-           'tokenize', 'set_aside_newer', 'check_same_run', 'run_folder', 'choose_run_folder', 'TrainingResult',
-           'total_steps', 'speed_and_memory', 'sample_text', 'Loop', 'first_model', 'start_run', 'train']
+           'make_optimizer', 'RunState', 'out_of_memory', 'train_step', 'StopRequest', 'RunLog', 'evaluate',
+           'choose_tokenizer', 'tokenize', 'set_aside_newer', 'check_same_run', 'run_folder', 'alone_in',
+           'choose_run_folder', 'TrainingResult', 'total_steps', 'speed_and_memory', 'sample_text', 'Loop',
+           'first_model', 'start_run', 'train']
 
 # %% ../notebooks/12_training.ipynb #018af6a2
 import contextlib
@@ -278,6 +279,10 @@ class RunState:
         for name, value in numbers.items(): setattr(self, name, value)
 
 # %% ../notebooks/12_training.ipynb #1a183dbe
+def out_of_memory(error: RuntimeError) -> bool:
+    """Also on a CPU, whose allocator raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
 def train_step(run: RunState, tokens: Tensor, targets: Tensor, config: TrainingConfig, learning_rate: float,
                context) -> dict[str, float]:
     """One batch: gradients in parts that fit, clipped, applied only when finite. Returns what the log shows.
@@ -291,8 +296,8 @@ def train_step(run: RunState, tokens: Tensor, targets: Tensor, config: TrainingC
             loss = accumulate_gradients(run.model, tokens, targets, run.micro_batch_size, context, run.scaler,
                                         run.spread)
             break
-        except torch.OutOfMemoryError as error:
-            if not run.spread.together(error): raise
+        except RuntimeError as error:
+            if not out_of_memory(error) or not run.spread.together(error): raise
             if run.micro_batch_size == 1:
                 raise torch.OutOfMemoryError("out of memory with one sequence at a time: lower max_length "
                                    "or the model's size, or set checkpointing=True") from error
@@ -341,12 +346,11 @@ class RunLog:
     def __init__(self, run_folder: Path, tensorboard_folder: Path, from_step: int, write: bool = True):
         from torch.utils.tensorboard import SummaryWriter
         self.path = run_folder / "history.jsonl"
-        lines = self.path.read_text().splitlines(True) if self.path.is_file() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= from_step]
-        self.rows, self.write = [json.loads(line) for line in kept], write
+        rows = map(self.row, self.path.read_bytes().splitlines(True) if self.path.is_file() else [])
+        self.rows, self.write = [row for row in rows if row and row["step"] <= from_step], write
         if not write: return
         half = self.path.with_suffix(".half")
-        half.write_text("".join(kept))
+        half.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         os.replace(half, self.path)
         self.file = open(self.path, "a", buffering=1)
         self.board = SummaryWriter(str(tensorboard_folder), purge_step=from_step + 1)
@@ -357,6 +361,13 @@ class RunLog:
         self.file.write(json.dumps(row) + "\n")
         for name, value in row.items():
             if name != "step": self.board.add_scalar(name, value, row["step"])
+
+    @staticmethod
+    def row(line: bytes) -> dict[str, Any] | None:
+        """What a line holds; None when it was cut short or damaged."""
+        try: row = json.loads(line)
+        except ValueError: return None
+        return row if isinstance(row, dict) and "step" in row else None
 
     def add_text(self, name: str, text: str, step: int): self.board.add_text(name, text, step)
 
@@ -415,7 +426,10 @@ FREE_TO_CHANGE = {"num_workers", "checkpoint_dir", "tensorboard_dir", "eval_inte
 def set_aside_newer(saved: Path) -> None:
     """Rename the checkpoints after `saved`, which are damaged, so that none is counted or met again."""
     for path in step_folders(saved.parent):
-        if path.name > saved.name: os.replace(path, path.with_name(f".damaged-{path.name}"))
+        if path.name <= saved.name: continue
+        aside = path.with_name(f".damaged-{path.name}")
+        while aside.exists(): aside = aside.with_name(f"{aside.name}-again")
+        os.replace(path, aside)
 
 def check_same_run(saved: dict[str, Any], new: dict[str, Any]) -> None:
     """Raise ValueError naming each setting that differs and would make another experiment of the saved run.
@@ -435,18 +449,40 @@ def check_same_run(saved: dict[str, Any], new: dict[str, Any]) -> None:
                              "(in Python: without resume=True)")
 
 def run_folder(config: TrainingConfig, resume: bool) -> Path:
-    """The run's folder: `run_name`, or else the next free run-NNN, on resume the newest. Nothing is made."""
+    """The run's folder: `run_name`, or else the next free run-NNN, on resume the newest. Nothing is made.
+
+    The newest is the run-NNN of the highest number, or one with a name of its own that took a step after it.
+    """
     root = Path(config.checkpoint_dir)
-    runs = [p for p in root.glob("run-*") if re.fullmatch(r"run-\d{3,}", p.name)]
-    numbers = {int(p.name[4:]) for p in runs if not resume or (p / "history.jsonl").is_file()}
-    if resume and not config.run_name and not numbers:
+    runs = {p: int(p.name[4:]) if re.fullmatch(r"run-\d{3,}", p.name) else 0 for p in root.glob("*")}
+    begun = [p for p in runs if (p / "history.jsonl").is_file()]
+    if resume and not config.run_name and not begun:
         raise ValueError(f"there is no run to resume in {root}: name one (training.run_name), or start one "
                          "without --resume (in Python: without resume=True)")
-    folder = root / (config.run_name or f"run-{max(numbers, default=0) + (not resume):03d}")
+    name = config.run_name or f"run-{max(runs.values(), default=0) + 1:03d}"
+    if resume and not config.run_name:
+        last = max(runs[p] for p in begun)
+        named = [p for p in begun if runs[p] in (0, last)]
+        name = max(named, key=lambda p: (p / "history.jsonl").stat().st_mtime_ns).name
+    folder = root / name
     if step_folders(folder) and not resume:
         raise ValueError(f"{folder} already holds a run; resume it (--resume, in Python: resume=True) "
                          "or choose another name (--training.run-name)")
     return folder
+
+@contextlib.contextmanager
+def alone_in(folder: Path, spread: OneProcess, seconds: float = 10):
+    """Hold the run's folder: two processes that train in one spoil both. ValueError when it is held."""
+    from filelock import FileLock, Timeout
+    lock = FileLock(folder / ".lock", timeout=seconds)  # a killed run's data workers live on a while
+    def take():
+        try: lock.acquire()
+        except Timeout:
+            raise ValueError(f"another process is training in {folder}; wait for its end, or choose another "
+                             "name (--training.run-name)") from None
+    spread.first(take)
+    try: yield
+    finally: lock.release()
 
 def choose_run_folder(config: TrainingConfig, resume: bool) -> Path:
     """`run_folder`, made and tried for writing."""
@@ -661,9 +697,9 @@ def train(model_config: ModelConfig, training_config: TrainingConfig, *, resume:
     if config.batch_size % spread.ranks:
         raise ValueError(f"batch_size is {config.batch_size}; it must be a multiple of {spread.ranks} ranks")
     folder = spread.first(lambda: run_folder(config, resume))  # refuses before the corpus is tokenized
-    if resume: spread.first(lambda: remove_leftovers(folder))  # a step cut off between two names comes back
-    saved = spread.first(lambda: latest_checkpoint(folder) if resume and folder.is_dir() else None)
-    if saved and tokenizer is None: tokenizer = load_tokenizer(saved)  # where the run began may be gone
+    def newest(): return latest_checkpoint(folder) if resume and folder.is_dir() else None
+    before = spread.first(newest)
+    if before and tokenizer is None: tokenizer = load_tokenizer(before)  # where the run began may be gone
     tokenizer, prepared = spread.first(lambda: tokenize(model_config, config, corpus, tokenizer, say))
     sequences = Sequences(prepared, "train", config.max_length, config.seed)
     named = replace(config, run_name=folder.name) if resume else config  # another run may have begun since
@@ -673,10 +709,14 @@ def train(model_config: ModelConfig, training_config: TrainingConfig, *, resume:
              "corpus": {"name": config.dataset_name, "fingerprint": prepared.fingerprint}}
     own = [device] if device.type == "cuda" else []
     precision = amp_dtype(config.amp, device)
-    with torch.random.fork_rng(own), tensor_cores(precision, device), StopRequest() as stop:
+    with (alone_in(folder, spread), torch.random.fork_rng(own), tensor_cores(precision, device),
+          StopRequest() as stop):
+        if resume: spread.first(lambda: remove_leftovers(folder))  # a step cut off between its names is back
+        saved = spread.first(newest)
         run = start_run(model_config, config, device, saved, facts, spread)
         limit = folder / "micro_batch_size"
-        smaller = json.loads(limit.read_text()) if limit.is_file() else {"asked": "nothing yet"}
+        try: smaller = json.loads(limit.read_text())
+        except (OSError, ValueError): smaller = {"asked": "nothing yet"}
         if smaller["asked"] == config.micro_batch_size:  # not what another setting could not hold
             run.micro_batch_size = min(run.micro_batch_size, smaller["fits"])
         steps = total_steps(config, sequences)

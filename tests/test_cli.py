@@ -17,6 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
+import torch._inductor.exc
 from fork_server import TEXTS
 
 from optimus import ModelConfig, TrainingConfig, cli
@@ -105,12 +107,17 @@ def test_ctrl_c_stops_the_text_and_not_the_program(workplace):
     os.close(child)
     seen = ""
 
-    def read_until(words, after=0, more=0):
+    def listen(seconds):
         nonlocal seen
+        heard = select.select([parent], [], [], seconds)[0]
+        if heard: seen += os.read(parent, 4096).decode(errors="replace")
+        return heard
+
+    def read_until(words, after=0, more=0):
         end = time.monotonic() + 60
         while words not in seen[after:] or len(seen) < after + more:
             assert time.monotonic() < end and program.poll() is None, seen[-500:]
-            if select.select([parent], [], [], 0.2)[0]: seen += os.read(parent, 4096).decode(errors="replace")
+            listen(0.2)
         return len(seen)
 
     def type_in(text): os.write(parent, text.encode())
@@ -122,7 +129,10 @@ def test_ctrl_c_stops_the_text_and_not_the_program(workplace):
         read_until("", at, more=40)
         type_in("\x03")
         at = read_until("\r\n> ", at)
-        type_in("\x03")  # at the prompt: a hint, and on
+        until = time.monotonic() + 60  # readline does not hear a signal that comes before it waits for a key
+        while "/quit or Ctrl-D ends" not in seen[at:] and time.monotonic() < until:
+            type_in("\x03")  # at the prompt: a hint, and on
+            while listen(0.5): pass
         at = read_until("/quit or Ctrl-D ends", at)
         type_in("/seed 4\r")
         at = read_until("seed=4", at)
@@ -183,6 +193,8 @@ def test_every_field_is_a_flag(workplace):
     (["train", "--corpus", "corpus.txt", *SMALL, "--training.checkpoint-dir", "corpus.txt"],
      "cannot write checkpoints"),
     (["train", "--corpus", "corpus.txt", *SMALL, "--training.max-length", "9999"], "9999"),
+    (["train", "--corpus", ""], "--corpus is empty"),
+    (["bench", "--quick", "--json", "cache"], "--json cache is a folder"),
     (["generate", "x", "--checkpoint", "nowhere"], "no checkpoint 'nowhere'"),
     (["generate", "x", "--checkpoint", "cache"], "cache"),
     (["generate", "x", "--temperature", "-1"], "temperature must be"),
@@ -209,6 +221,44 @@ def test_bad_input_is_one_sentence(workplace, arguments, words):
     assert result.returncode in (1, 2)
     assert words in (result.stderr + result.stdout).replace("-", "_") + result.stderr + result.stdout
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("error, words", [
+    (torch._inductor.exc.InductorError(OSError("g++ was not found\nand more"), None), "a C++ compiler"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory\nand more"), "out of memory: Def"),
+])
+def test_what_torch_cannot_do_here_is_one_sentence(workplace, monkeypatch, error, words):
+    def fail(command): raise error
+    monkeypatch.setattr(cli, "generate", fail)
+    result = workplace("generate", "x")
+    assert result.returncode == 1 and words in result.stderr and result.stderr.count("\n") == 1
+    monkeypatch.setattr(cli, "generate", lambda command: 1 / len([]))
+    with pytest.raises(ZeroDivisionError): workplace("generate", "x")  # our own mistakes stay visible
+
+
+def test_a_terminal_without_the_characters_and_a_reader_that_goes_end_no_run(tmp_path):
+    texts = [text + " ⛵ 船 é" for text in TEXTS]
+    (tmp_path / "corpus.txt").write_text("\n<|endoftext|>\n".join(texts), encoding="utf-8")
+    words = ["train", "--corpus", "corpus.txt", *SMALL, "--training.sample-interval", "2"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "OPTIMUS_CACHE": str(tmp_path / "cache")}
+    settings = dict(cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "optimus.cli", *words]
+    assert subprocess.run(command, stdout=subprocess.DEVNULL, **settings).returncode == 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, **settings) as child:
+        child.stdout.readline()
+        child.stdout.close()
+        assert child.wait(120) == 141
+    for run in ("run-001", "run-002"):
+        assert (tmp_path / "checkpoints" / run / "step-00000012" / "manifest.json").is_file()
+
+
+def test_a_run_without_its_history_is_told_without_it(workplace, tmp_path):
+    folder = tmp_path / "checkpoints" / "run-001"
+    shutil.copytree(workplace.folder / "checkpoints" / "run-001", folder)
+    (folder / "history.jsonl").unlink()
+    result = workplace("train", "--resume", "--training.run-name", "run-001", "--training.checkpoint-dir",
+                       str(folder.parent), "--training.tensorboard-dir", str(tmp_path / "runs"))
+    assert result.returncode == 0 and "for 12 steps\nsaved" in result.stdout, result.stderr
 
 
 def test_version(workplace):

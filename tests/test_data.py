@@ -140,6 +140,15 @@ def write_corpora(folder: Path) -> dict[str, Path]:
     return paths
 
 
+def test_a_preparation_whose_last_file_is_damaged_is_made_again(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setenv("OPTIMUS_CACHE", str(tmp_path))
+    corpus = {"text": WIKIPEDIA_ROWS["text"]}
+    first = prepare(corpus, tokenizer)
+    for content in ("", "[]", '{"train_tokens": 3}'):
+        (Path(first.folder) / "done.json").write_text(content)
+        assert prepare(corpus, tokenizer) == first
+
+
 def test_only_a_line_of_end_of_text_divides_a_file(tmp_path):
     inside = f"GPT-2 ends a document with {END_OF_TEXT} in its data.\nSecond line."
     text = f"{inside}\r\n{END_OF_TEXT} \r\nsecond\n{END_OF_TEXT}"

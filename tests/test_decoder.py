@@ -7,6 +7,7 @@ import functools
 
 import pytest
 import torch
+from torch import nn
 
 from optimus import LanguageModel, ModelConfig, generate
 from optimus.generation import (CompiledDecoder, Context, FixedView, RowLinear, for_decoding,
@@ -176,6 +177,25 @@ def test_a_fixed_view_writes_at_pos_and_shows_as_many_slots_as_asked():
     store = torch.zeros(3, 11, 5)
     [shown] = FixedView((store,), torch.tensor([4]), 7).update(torch.ones(3, 1, 5))
     assert shown.shape == (3, 7, 5) and store[:, 4].eq(1).all() and store.sum() == 15
+
+
+class Moved(nn.Embedding):
+    def forward(self, ids): return super().forward((ids + 7) % self.num_embeddings)
+
+
+def test_layers_of_ones_own_are_asked_as_they_are(monkeypatch):
+    model, hidden = make(tie_embeddings=False), []
+    own = Moved(*model.embedding.weight.shape)
+    own.weight, model.embedding = model.embedding.weight, own
+    model.head = nn.Linear(model.head.in_features, model.head.out_features)
+    model.head.bias.data[3] = 100.0
+    assert generate(model, [1, 2], 4, temperature=0) == [1, 2, 3, 3, 3, 3]
+    tokens = torch.tensor([[1, 2, 5]])
+    twin = inference_copy(model, torch.float32, torch.float32)
+    torch.testing.assert_close(twin(tokens), model.eval()(tokens))
+    model.blocks[0].register_forward_hook(lambda *_: hidden.append(1))
+    generate(model, [1, 2], 4)
+    assert len(hidden) >= 4 and for_decoding(model) is model
 
 
 def test_an_inference_copy_has_no_linear_layer_left():

@@ -3,9 +3,11 @@ import contextlib
 import json
 import math
 import shutil
+import subprocess
 import sys
 import threading
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -194,18 +196,23 @@ class Faulty:
     def loss(self, x, y): return self.fault(x, self.model.loss(x, y))
 
 
-def memory_for(sequences):
+NO_MEMORY = [torch.OutOfMemoryError("pretended"),
+             RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate")]
+
+
+def memory_for(sequences, error=NO_MEMORY[0]):
     def fault(x, loss):
-        if len(x) > sequences: raise torch.OutOfMemoryError("pretended")
+        if len(x) > sequences: raise error
         return loss
     return fault
 
 
-def test_out_of_memory_halves_the_parts_and_changes_nothing_else(batch):
+@pytest.mark.parametrize("error", NO_MEMORY, ids=["GPU", "CPU"])
+def test_out_of_memory_halves_the_parts_and_changes_nothing_else(batch, error):
     config, ends = TrainingConfig(), []
     for limit in (7, 2):
         model = tiny()
-        run = RunState(Faulty(model, memory_for(limit)), make_optimizer(model, config), scaler(), 7)
+        run = RunState(Faulty(model, memory_for(limit, error)), make_optimizer(model, config), scaler(), 7)
         row = train_step(run, *batch, config, 1e-3, PLAIN)
         ends.append((row["loss"], run.micro_batch_size, gradient(model)))
     assert [e[1] for e in ends] == [7, 2]
@@ -593,6 +600,49 @@ def test_a_kill_between_the_two_renames_of_a_save_loses_nothing(go, hidden):
     assert losses(result) == losses(go("whole"))
 
 
+def test_a_checkpoint_that_is_damaged_again_is_set_aside_again(go):
+    folder = go("run", stop=6, save_interval=3).checkpoint.parent
+    for _ in range(2):
+        (folder / "step-00000006" / "config.json").write_text("damaged")
+        with pytest.warns(UserWarning, match="step-00000006"): go("run", resume=True, stop=6, save_interval=3)
+    assert latest_checkpoint(folder).name == "step-00000006"
+    assert len(list(folder.glob(".damaged-step-00000006*"))) == 2
+
+
+def test_damaged_small_files_do_not_stop_a_resume(go):
+    folder = go("run", stop=6).checkpoint.parent
+    lines = (folder / "history.jsonl").read_bytes().splitlines(True)
+    (folder / "history.jsonl").write_bytes(b"".join([lines[0], b"{\xff\n", b"7\n", *lines[2:], b'{"st']))
+    (folder / "micro_batch_size").write_text("")
+    result = go("run", resume=True)
+    assert [row["step"] for row in result.history] == [1, *range(3, len(result.history) + 2)]
+    assert losses(result)[2:] == losses(go("whole"))[3:]
+
+
+def test_two_processes_do_not_train_in_one_folder(go, monkeypatch):
+    folder = go("run", stop=3).checkpoint.parent
+    def tree(): return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+    before = tree()
+    monkeypatch.setattr(training, "alone_in", partial(training.alone_in, seconds=0.1))
+    hold = ("import sys, filelock\nwith filelock.FileLock(sys.argv[1]):\n"
+            "    print(flush=True)\n    input()")
+    with subprocess.Popen([sys.executable, "-c", hold, str(folder / ".lock")], text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="another process is training in .*run"): go("run", resume=True)
+        assert tree() == before
+        other.kill()
+    assert losses(go("run", resume=True)) == losses(go("whole"))
+
+
+def test_resume_takes_the_run_that_took_a_step_last(go):
+    go(None, stop=2)
+    assert go("mine", stop=2).checkpoint.parent.name == "mine"
+    assert go(None, resume=True, stop=3).checkpoint.parent.name == "mine"
+    assert go("run-001", resume=True, stop=3).checkpoint.parent.name == "run-001"
+    assert go(None, resume=True, stop=4).checkpoint.parent.name == "run-001"
+
+
 def test_resume_without_a_run_is_an_error_and_failed_starts_are_not_runs(go, tmp_path):
     with pytest.raises(ValueError, match="no run to resume in"): go(None, resume=True)
     assert go(None, stop=2).checkpoint.parent.name == "run-001"
@@ -605,7 +655,8 @@ def test_resume_without_a_run_is_an_error_and_failed_starts_are_not_runs(go, tmp
 def test_what_cannot_run_is_refused_before_the_corpus_is_tokenized(go, tmp_path, monkeypatch):
     go("run", stop=1)
     monkeypatch.setattr(training, "tokenize", None)
-    with pytest.raises(ValueError, match="no run to resume in .*resume=True"): go(None, resume=True)
+    with pytest.raises(ValueError, match="no run to resume in .*resume=True"):
+        go(None, resume=True, checkpoint_dir=str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="run already holds a run; resume it"): go("run")
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["run"]
 
