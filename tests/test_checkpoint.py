@@ -162,7 +162,7 @@ def test_a_kill_between_the_two_renames_of_a_save_brings_the_new_copy_back(run, 
 def test_a_save_again_that_cannot_be_renamed_leaves_the_old_one_in_place(run, model, monkeypatch):
     replace, before = os.replace, sorted(os.listdir(run))
     def refuse(old, new):
-        if ".half-" in str(old): raise OSError(errno.EIO, "the disk said no")
+        if Path(old).name.startswith(".half-"): raise OSError(errno.EIO, "the disk said no")
         replace(old, new)
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(CheckpointError, match="the disk said no"):
