@@ -461,9 +461,9 @@ def run_folder(config: TrainingConfig, resume: bool) -> Path:
                          "without --resume (in Python: without resume=True)")
     name = config.run_name or f"run-{max(runs.values(), default=0) + 1:03d}"
     if resume and not config.run_name:
-        last = max(runs[p] for p in begun)
-        named = [p for p in begun if runs[p] in (0, last)]
-        name = max(named, key=lambda p: (p / "history.jsonl").stat().st_mtime_ns).name
+        highest = max(runs[p] for p in begun)
+        candidates = [p for p in begun if runs[p] in (0, highest)]
+        name = max(candidates, key=lambda p: (p / "history.jsonl").stat().st_mtime_ns).name
     folder = root / name
     if step_folders(folder) and not resume:
         raise ValueError(f"{folder} already holds a run; resume it (--resume, in Python: resume=True) "
@@ -712,7 +712,7 @@ def train(model_config: ModelConfig, training_config: TrainingConfig, *, resume:
     with (alone_in(folder, spread), torch.random.fork_rng(own), tensor_cores(precision, device),
           StopRequest() as stop):
         if resume: spread.first(lambda: remove_leftovers(folder))  # a step cut off between its names is back
-        saved = spread.first(newest)
+        saved = spread.first(newest)  # once more: until here another process may have written
         run = start_run(model_config, config, device, saved, facts, spread)
         limit = folder / "micro_batch_size"
         try: smaller = json.loads(limit.read_text())

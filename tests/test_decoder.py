@@ -184,6 +184,7 @@ class Moved(nn.Embedding):
 
 
 def test_layers_of_ones_own_are_asked_as_they_are(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     model, hidden = make(tie_embeddings=False), []
     own = Moved(*model.embedding.weight.shape)
     own.weight, model.embedding = model.embedding.weight, own

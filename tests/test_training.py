@@ -635,7 +635,7 @@ def test_two_processes_do_not_train_in_one_folder(go, monkeypatch):
     assert losses(go("run", resume=True)) == losses(go("whole"))
 
 
-def test_resume_takes_the_run_that_took_a_step_last(go):
+def test_resume_takes_the_highest_number_or_a_named_run_that_took_a_step_later(go):
     go(None, stop=2)
     assert go("mine", stop=2).checkpoint.parent.name == "mine"
     assert go(None, resume=True, stop=3).checkpoint.parent.name == "mine"
