@@ -56,7 +56,7 @@ def training_flops_per_token(config: ModelConfig, length: int) -> dict[str, floa
     "forward"; "model" = 3 * forward, what MFU counts; "recomputed": with config.checkpointing the blocks'
     forward pass once more (without dropout it stops before down_proj); "hardware" = model + recomputed.
     Causal attention is counted with its mean context (length + 1) / 2. Left out: norms, softmax, SiLU,
-    optimizer, and the head's product, which the chunked loss of 16-bit training repeats.
+    and the optimizer.
     Raises ValueError unless 1 <= length <= config.rope_seq_len.
     """
     if not 1 <= length <= config.rope_seq_len:
