@@ -77,6 +77,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'optimus.checkpoint.publish': ('checkpoints.html#publish', 'optimus/checkpoint.py'),
                                     'optimus.checkpoint.remove_leftovers': ('checkpoints.html#remove_leftovers', 'optimus/checkpoint.py'),
                                     'optimus.checkpoint.save_checkpoint': ('checkpoints.html#save_checkpoint', 'optimus/checkpoint.py'),
+                                    'optimus.checkpoint.save_train_state': ('checkpoints.html#save_train_state', 'optimus/checkpoint.py'),
                                     'optimus.checkpoint.seal': ('checkpoints.html#seal', 'optimus/checkpoint.py'),
                                     'optimus.checkpoint.sha256_of': ('checkpoints.html#sha256_of', 'optimus/checkpoint.py'),
                                     'optimus.checkpoint.step_folders': ('checkpoints.html#step_folders', 'optimus/checkpoint.py'),

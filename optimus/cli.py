@@ -112,12 +112,20 @@ def main(argv: list[str] | None = None) -> int:
         print("\noptimus: interrupted", file=sys.stderr)
         return 130
     except RuntimeError as error:
-        first = str(error).strip().partition("\n")[0]
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            print(f"optimus: torch.compile failed ({first}); it needs a C++ compiler (g++)", file=sys.stderr)
-        elif out_of_memory(error): print(f"optimus: out of memory: {first}", file=sys.stderr)
-        else: raise
+        if not (cannot := impossible_here(error)): raise
+        print(f"optimus: {cannot}", file=sys.stderr)
         return 1
+
+
+def compiling_failed(error: RuntimeError) -> bool:
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+
+
+def impossible_here(error: RuntimeError) -> str | None:
+    """A sentence about what this machine lacks, memory or a compiler; None for any other error."""
+    first = str(error).strip().partition("\n")[0]
+    if compiling_failed(error): return f"torch.compile failed ({first}); it needs a C++ compiler (g++)"
+    return f"out of memory: {first}" if out_of_memory(error) else None
 
 
 def parse(argv: list[str]) -> Train | Generate | Export | Bench | Info:
@@ -336,7 +344,10 @@ def prompt_loop(model, tokenizer, settings: dict) -> int:
                 if line.strip() == "/quit": return 0
                 if line.startswith("/"): obey(line, settings)
                 else: write(model, tokenizer, line, settings)
-            except (ValueError, torch.OutOfMemoryError) as error: print(error)
+            except ValueError as error: print(error)
+            except RuntimeError as error:
+                if not (cannot := impossible_here(error)): raise
+                print(cannot)
             except KeyboardInterrupt: print()
 
 
@@ -382,8 +393,14 @@ def bench(command: Bench) -> int:
     if command.json and command.json.is_dir():
         raise ValueError(f"--json {command.json} is a folder; give the name of a file")
     model, _ = PRESETS[command.preset]
-    result = benchmark.bench(model, device=device, quick=command.quick,
-                             say=lambda text: print(f"measuring {text}", file=sys.stderr, flush=True))
+    def measure(compile: bool):
+        return benchmark.bench(model, device=device, quick=command.quick, compile=compile,
+                               say=lambda text: print(f"measuring {text}", file=sys.stderr, flush=True))
+    try: result = measure(compile=True)
+    except RuntimeError as error:
+        if not compiling_failed(error): raise
+        print(f"{impossible_here(error)}: measuring without compiled rows", file=sys.stderr)
+        result = measure(compile=False)
     print(benchmark.bench_table(result))
     if command.json: command.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0

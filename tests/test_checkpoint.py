@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -206,6 +207,18 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_cleans_up(tmp_path, limit):
     assert out.returncode == 0, out.stderr
     for words in ("could not write the checkpoint", str(run), "bytes free"): assert words in out.stdout
     assert os.listdir(run) == ["step-00000001"] and problem(run / "step-00000001") is None
+
+
+@pytest.mark.parametrize("states, words", [
+    (dict(train_state={"loss": np.float64(1.5)}), r"tensors and plain Python types only, got numpy\."),
+    (dict(train_state={"folder": [Path("x")]}), r"tensors and plain Python types only, got pathlib\."),
+    (dict(trainer_state={"loss": torch.zeros(())}), "Tensor is not JSON serializable$"),
+])
+def test_what_could_not_be_read_again_is_refused_when_saved(run, model, states, words):
+    for step in (3, 4):
+        with pytest.raises(CheckpointError, match=words): save_checkpoint(run, model, step, **states)
+    assert sorted(os.listdir(run)) == [f"step-0000000{n}" for n in (1, 2, 3)]
+    assert load_checkpoint(run / "step-00000003").train_state["list"] == [1, 2.5, None, "text"]
 
 
 class Bomb:

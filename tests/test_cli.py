@@ -390,6 +390,12 @@ def test_bench_prints_the_table_and_writes_the_numbers(workplace, monkeypatch):
     assert result.returncode == 0 and "416" in result.stdout and "measuring decoding" in result.stderr
     assert json.loads((workplace.folder / "numbers.json").read_text())["rows"][0]["ours"] == 416
     assert asked["quick"] is True and asked["config"].embedding_dim == 128 and str(asked["device"]) == "cpu"
+    def without_compiler(config, compile, **settings):
+        if compile: raise torch._inductor.exc.InductorError(OSError("g++ was not found"), None)
+        return bench(config, **settings)
+    monkeypatch.setattr("optimus.benchmark.bench", without_compiler)
+    result = workplace("bench", "--quick")
+    assert result.returncode == 0 and "416" in result.stdout and "without compiled rows" in result.stderr
     for flags, words in ((["--device", "cuda"], "no CUDA GPU"),
                          (["--json", "none/x.json"], "no folder none")):
         bad = workplace("bench", *flags)
