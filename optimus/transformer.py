@@ -93,27 +93,31 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype,
                 rows: int) -> Tensor:
         for_hidden, for_weight = ctx.needs_input_grad[:2]
-        d_hidden = torch.empty_like(hidden) if for_hidden else None
-        d_weight = torch.zeros_like(weight) if for_weight else None
+        wide = torch.promote_types(dtype, torch.float32)  # of sums
+        lift = 32.0 if dtype == torch.float16 else 1.0  # above float16's smallest numbers
+        d_hidden = torch.empty_like(hidden, dtype=wide) if for_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if for_weight else None
         matrix, V = weight.to(dtype), len(weight)
         buffer = matrix.new_empty(min(rows, len(hidden)), -(-V // 64) * 64)[:, :V]
-        total = matrix.new_zeros((), dtype=torch.promote_types(dtype, torch.float32))
+        total = matrix.new_zeros((), dtype=wide)
         for i in range(0, len(hidden), rows):
             h, target = hidden[i:i + rows].to(dtype), targets[i:i + rows, None]
             counted = target != -100
             target = target.where(counted, 0)
             if torch.compiler.is_compiling(): logits = h @ matrix.T  # it pads by itself
             else: logits = torch.mm(h, matrix.T, out=buffer[:len(h)])  # (rows, V)
-            p = logits.to(total.dtype)  # the same memory, unless logits have 16 bits
+            p = logits.to(wide)  # the same memory, unless logits have 16 bits
             top, wanted = p.amax(-1, keepdim=True), p.gather(-1, target)
             mass = p.sub_(top).exp_().sum(-1, keepdim=True)
             total += (mass.log() + top - wanted).where(counted, 0).sum()
             if not (for_hidden or for_weight): continue
-            p.mul_(counted / mass).scatter_add_(-1, target, -counted.to(p.dtype))  # softmax minus one-hot
+            share = counted * lift
+            p.mul_(share / mass).scatter_add_(-1, target, -share.to(wide))  # softmax minus one-hot
             d_logits = logits.copy_(p)
-            if for_hidden: d_hidden[i:i + rows] = d_logits @ matrix
-            if for_weight and dtype == weight.dtype: torch.addmm(d_weight, d_logits.T, h, out=d_weight)
-            elif for_weight: d_weight += d_logits.T @ h  # summed in the weight's own precision
+            if for_hidden: d_hidden[i:i + rows] = (d_logits @ matrix).to(wide) / lift
+            if not for_weight: continue
+            if dtype == wide: torch.addmm(d_weight, d_logits.T, h, out=d_weight)
+            else: d_weight += d_logits.T @ (h / lift)
         ctx.count, ctx.gradients = (targets != -100).sum(), (d_hidden, d_weight)
         return total / ctx.count
 
@@ -123,14 +127,16 @@ class ChunkedLoss(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("this loss went backward before, its gradients are used up: compute it again")
         gradients, ctx.gradients = ctx.gradients, None
-        return *(None if d is None else d.mul_(slope / ctx.count) for d in gradients), None, None, None
+        slope = slope / ctx.count.clamp(min=1)
+        return *(None if d is None else d.mul_(slope) for d in gradients), None, None, None
 
 # %% ../notebooks/08_transformer.ipynb #c210ec9d
 def lm_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean cross entropy of `hidden @ weight.T` in nats per target, without holding all N * V logits at once.
 
     hidden: (N, C), weight: (V, C), targets: (N,) int64, -100 is not counted  ->  a scalar, at least float32,
-    with F.cross_entropy's value and gradients. Under autocast: products in its dtype, sums in float32.
+    with F.cross_entropy's value and gradients. Under autocast: products in its dtype, sums in float32. It can
+    go backward once (RuntimeError).
     """
     kind, dtype = hidden.device.type, hidden.dtype
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):

@@ -348,10 +348,13 @@ def test_large_logits_do_not_overflow():
                                  (lm_loss(hidden, weight, targets), naive)))
 
 
-def test_all_targets_ignored_is_pytorchs_nan():
-    targets = torch.full((5,), -100)
-    assert lm_loss(torch.randn(5, 7), torch.randn(V, 7), targets).isnan()
-    assert F.cross_entropy(torch.randn(5, V), targets).isnan()
+@pytest.mark.parametrize("N", [0, 5])
+def test_without_a_counted_target_the_loss_is_nan_and_gradients_0_as_pytorchs(N):
+    hidden, weight = torch.randn(N, 7, requires_grad=True), torch.randn(V, 7, requires_grad=True)
+    targets = torch.full((N,), -100)
+    for loss in (lm_loss(hidden, weight, targets), F.cross_entropy(hidden @ weight.T, targets)):
+        assert loss.isnan()
+        for gradient in torch.autograd.grad(loss, (hidden, weight)): assert (gradient == 0).all()
 
 
 @pytest.mark.parametrize("target", [-1, V])
@@ -400,10 +403,29 @@ def test_the_loss_in_low_precision_is_summed_in_float32(dtype):
 
 def test_the_gradient_of_a_16_bit_head_is_summed_in_the_weights_precision():
     # 300 parts of 256 tokens add 128 each; a sum in bfloat16 stays at 256 * 128, for the next is 258 * 128
-    hidden, weight = torch.ones(300 * 256, 1), torch.zeros(2, 1, requires_grad=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = lm_loss(hidden, weight, torch.zeros(len(hidden), dtype=torch.int64))
-    torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], torch.tensor([[-0.5], [0.5]]))
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden, weight = torch.ones(300 * 256, 1, dtype=dtype), torch.zeros(2, 1, dtype=dtype)
+        weight.requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.float32):
+            loss = lm_loss(hidden, weight, torch.zeros(len(hidden), dtype=torch.int64))
+        wanted = torch.tensor([[-0.5], [0.5]], dtype=dtype)
+        torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], wanted)
+
+
+def test_float16_keeps_small_gradients_as_a_scaled_loss_does():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(256, 32), torch.randn(9973, 32) * 0.8
+    targets = torch.randint(0, 9973, (256,))
+    def gradient(loss, x, W, dtype):
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype == torch.float16):
+            value = loss(x, W, targets) * 2**14
+        return torch.autograd.grad(value, W)[0] / 2**14
+    def naive(x, W, targets): return F.cross_entropy(F.linear(x, W), targets)
+    W = weight.double().requires_grad_()
+    exact = gradient(naive, hidden.double(), W, torch.float64)
+    off = {form: ((gradient(form, hidden, weight.requires_grad_(), torch.float16) / exact - 1).abs() > 0.1)
+           .double().mean().item() for form in (lm_loss, naive)}
+    assert off[lm_loss] < 1.02 * off[naive], off  # without lifting 7 % more are off
 
 
 def test_the_loss_never_holds_all_logits():
