@@ -27,6 +27,7 @@ import json
 import math
 import os
 import struct
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
@@ -823,6 +824,7 @@ def forgets_and_keeps(fn, cache, n):
     before, length = cache.slots.clone(), cache.length
     after = fn(cache, n)
     if not isinstance(after, SmallCache): return f"it must return the cache, yours returned {shown(after)}"
+    if after is not cache: return "it must return the cache it was given, yours returned another"
     if after.length != length - n:
         return f"of {length} tokens {length - n} must be left, yours says {after.length}"
     if after.slots.shape != before.shape: return "the slots are preallocated; yours have another shape now"
@@ -851,6 +853,7 @@ exercise("rewind", "06_kv_cache", "rewind(cache, n): forget the last n tokens of
         "cuts the slots": lambda c, n: rewound(c, c.length - n, c.slots[:c.length - n]),
         "drops the oldest": lambda c, n: rewound(c, c.length - n, c.slots.roll(-n, 0)),
         "erases all": lambda c, n: rewound(c, c.length - n, torch.zeros_like(c.slots)),
+        "another cache": lambda c, n: SmallCache(c.slots, c.length - n),
         "returns the length": lambda c, n: c.length - n})
 
 # %% ../notebooks/00_start_here.ipynb #387d1c67
@@ -894,7 +897,8 @@ exercise("ring", "06_kv_cache",
     "each of the W slots "
     "holds afterwards (-1: never written). All positions before pos[0] were written earlier.",
     ring_loop,
-    inputs=lambda random, n: (torch.arange(n) + whole(random, 0, 3 * n), n + whole(random, 0, 4)),
+    inputs=lambda random, n: (torch.arange(4), 8) if n == 4 else  # slots that were never written
+        (torch.arange(n) + whole(random, 0, 3 * n), max(2, n + whole(random, -2, 4))),
     hints=("Position p goes to slot p % W.", "Slot s holds the newest position that is s modulo W."),
     mutants={
         "slots are positions": ringed(slots=lambda pos, W: pos.clone()),
@@ -985,7 +989,7 @@ class Lens:
         table, head = randn(random, 7, width), randn(random, 5, width)
         matrices = [randn(random, width, width) / width for _ in range(depth)]
         self.embedding, self.head = (lambda tokens: table[tokens]), (lambda x: F.linear(x, head))
-        self.norm = lambda x: F.rms_norm(x, x.shape[-1:], eps=1e-6)
+        self.norm, self.dropout = (lambda x: F.rms_norm(x, x.shape[-1:], eps=1e-6)), (lambda x: x)
         def block(W): return lambda x, pos, cache=None: x + torch.tanh(F.linear(x, W) + pos[..., None] / 9)
         self.blocks = [block(W) for W in matrices]
 
@@ -1025,16 +1029,21 @@ def token_losses(hidden, weight, targets):
     return [surprise_loop(weight @ h, int(y)) for h, y in zip(hidden, targets)]
 
 def holds_few_logits(fn, hidden, weight, targets, rows):
-    seen = []
+    V, alive, in_one, in_all = len(weight), {}, [0], [0]
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             result = func(*args, **(kwargs or {}))
-            logits = isinstance(result, Tensor) and result.ndim < 3 and len(weight) in result.shape
-            if logits: seen.append(result.numel())
+            if not isinstance(result, Tensor) or V not in result.shape: return result
+            if hidden.shape[1] in result.shape: return result  # a copy of the weights
+            storage, tokens = result.untyped_storage(), result.numel() // V
+            if storage._cdata not in alive: weakref.finalize(storage, alive.pop, storage._cdata)
+            alive[storage._cdata] = max(tokens, alive.get(storage._cdata, 0))
+            in_one.append(tokens)
+            in_all.append(sum(alive.values()))
             return result
     with Watch(): fn(hidden, weight, targets, rows)
-    most = max(seen, default=0) // len(weight)
-    if len(targets) > rows and most > max(rows, hidden.shape[1]):
+    most = max(in_one) if max(in_one) > rows else max(in_all)
+    if len(targets) > rows and (max(in_one) > rows or max(in_all) > 5 * rows):  # with logarithms, powers ...
         return f"at most rows = {rows} tokens' logits may be held at once; yours held {most}"
 
 exercise("loss_in_parts", "08_transformer",
@@ -1043,8 +1052,8 @@ exercise("loss_in_parts", "08_transformer",
     "than rows tokens.",
     lambda hidden, weight, targets, rows: sum(token_losses(hidden, weight, targets)) / len(targets),
         tolerance=1e-3,
-    inputs=lambda random, n: (randn(random, 3 * n + 1, 3), randn(random, 31, 3), ids(random, 31, 3 * n + 1),
-        whole(random, 2, n + 2)),
+    inputs=lambda random, n: (randn(random, 3 * n + 1, 64), randn(random, 41, 64) / 4,
+        ids(random, 41, 3 * n + 1), whole(random, 2, n + 2)),
     hints=("split hidden and targets into parts of rows.",
         "Add up sums, divide once by the number of tokens: the last part is shorter."),
     properties=(holds_few_logits,),
@@ -1057,6 +1066,13 @@ exercise("loss_in_parts", "08_transformer",
                 y.split(rows)) if len(b) == rows) / len(y),
         "all at once, transposed": lambda h, w, y, rows: (
             (w @ h.T).logsumexp(0) - (h * w[y]).sum(-1)).mean(),
+        "all at once, as a batch": lambda h, w, y, rows: F.cross_entropy(torch.bmm(h[None], w.T[None])[0], y),
+        "all kept in a list": lambda h, w, y, rows: sum(
+            F.cross_entropy(z, b, reduction="sum") for z, b in zip([a @ w.T for a in h.split(rows)],
+                y.split(rows))) / len(y),
+        "a row too many": lambda h, w, y, rows: sum(
+            F.cross_entropy(a @ w.T, b, reduction="sum") for a, b in zip(h.split(rows + 1),
+                y.split(rows + 1))) / len(y),
         "sum": lambda h, w, y, rows: sum(
             F.cross_entropy(a @ w.T, b, reduction="sum") for a, b in zip(h.split(rows), y.split(rows))),
         "divided by rows": lambda h, w, y, rows: sum(
@@ -1423,7 +1439,8 @@ def clip_loop(gradients, limit):
     return [g * (limit / length if length > limit else 1.0) for g in gradients]
 
 def gradient_list(random, n):
-    return [randn(random, i + 1, 2) for i in range(n)], 0.3 + 5 * float(rand(random, 1)) * n**0.5
+    size = 0.0 if n == 3 else 1.0  # gradients of zeros, too
+    return [size * randn(random, i + 1, 2) + 0.0 for i in range(n)], 0.3 + 5 * float(rand(random, 1)) * n**0.5
 
 def scaled_by(factor):
     """Gradients times factor(gradient, all of them, limit), for mutants."""
@@ -1439,6 +1456,7 @@ exercise("clip", "12_training",
         "One factor for all: min(1, limit / length)."),
     mutants={
         "each on its own": scaled_by(lambda g, all, limit: min(1.0, limit / g.norm())),
+        "0 / 0": scaled_by(lambda g, all, limit: min(length_of(all), limit) / length_of(all)),
         "short ones stretched": scaled_by(lambda g, all, limit: limit / length_of(all)),
         "clamped entry by entry": lambda gradients, limit: [g.clamp(-limit, limit) for g in gradients],
         "lengths added": scaled_by(lambda g, all, limit: min(1.0, limit / sum(x.norm() for x in all))),
@@ -1480,14 +1498,14 @@ def rates_used_loop(norms, warmup_steps, peak):
 def gradient_norms(random, n):
     norms = [float(rand(random, 1)) for _ in range(2 * n + 2)]
     for bad in (math.inf, math.nan): norms[whole(random, 0, 2 * n)] = bad
-    return norms, n + 3, 0.5
+    return norms, (n + 3) * whole(random, 0, 2), 0.5  # without warmup, too
 
 def clocked(counts=math.isfinite, start=0, reset=False):
     """Rates from a clock for mutants: `counts` says which norms move it."""
     def rates(norms, warmup_steps, peak):
         out, clock = [], start
         for norm in norms:
-            out.append(peak * min(1, clock / warmup_steps))
+            out.append(peak * min(1, clock / warmup_steps) if warmup_steps else peak)
             clock = 0 if reset and not math.isfinite(norm) else clock + bool(counts(norm))
         return out
     return rates
@@ -1503,6 +1521,8 @@ exercise("rates_used", "12_training",
             "nan moves it": clocked(lambda norm: norm != math.inf),
         "inf moves it": clocked(lambda norm: norm == norm), "begins at 1": clocked(start=1),
         "begins again after a skip": clocked(reset=True), "stands still always": clocked(lambda norm: False),
+        "divides by a warmup of 0": lambda norms, warmup_steps, peak: [
+            rate for rate in rates_used_loop(norms, warmup_steps, peak) if warmup_steps or 1 / warmup_steps],
         "counts the skipped": clocked(lambda norm: not math.isfinite(norm))})
 
 # %% ../notebooks/00_start_here.ipynb #d15ff631

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from optimus import exercises
 from optimus.exercises import EXERCISES, TODO, check, difference, hint, judge, progress, todo
@@ -181,6 +182,11 @@ def test_judging_leaves_the_random_state_alone():
     ("logits_after", lambda model, tokens, n: cut_short(model, n)(tokens)),
     ("loss_in_parts", lambda h, w, y, rows: sum(
         (w @ a).logsumexp(0) - w[t] @ a for a, t in zip(h, y)) / len(y)),
+    ("loss_in_parts", lambda h, w, y, rows: sum(
+        loss_of_a_part(a, w.contiguous().clone(), b) for a, b in zip(h.split(rows), y.split(rows))) / len(y)),
+    ("loss_in_parts", lambda h, w, y, rows: sum(F.cross_entropy(F.linear(a, w), b, reduction="sum")
+                                                for a, b in zip(h.split(rows), y.split(rows))) / len(y)),
+    ("logits_after", lambda model, tokens, n: lens_with_rows_of_positions(model, tokens, n, model.dropout)),
 ])
 def test_a_right_answer_of_another_kind_passes(name, fn):
     assert [judge(EXERCISES[name], fn, seed) for seed in range(10)] == [None] * 10
@@ -191,8 +197,15 @@ def rms_gradient(x, grad_y, eps):
     return torch.autograd.grad(x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt(), x, grad_y)[0]
 
 
-def lens_with_rows_of_positions(model, tokens, n):
-    x, pos = model.embedding(tokens), torch.arange(tokens.shape[1]).expand(tokens.shape)
+def loss_of_a_part(hidden, weight, targets):
+    logits = hidden @ weight.T
+    shifted = logits - logits.amax(-1, keepdim=True)
+    powers = shifted.exp()
+    return -(powers / powers.sum(-1, keepdim=True)).log()[torch.arange(len(targets)), targets].sum()
+
+
+def lens_with_rows_of_positions(model, tokens, n, dropout=lambda x: x):
+    x, pos = dropout(model.embedding(tokens)), torch.arange(tokens.shape[1]).expand(tokens.shape)
     for block in model.blocks[:n]: x = block(x, pos)
     return model.head(model.norm(x))
 
