@@ -89,7 +89,7 @@ def explain(error: Exception, folder: Path) -> str:
     """One sentence for a write that failed: what was refused, and how many bytes are free there."""
     if isinstance(error, TypeError): return str(error)
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    why = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
     return f"{why} ({shutil.disk_usage(there).free:,} bytes free in {there})"
 
 # %% ../notebooks/11_checkpoints.ipynb #65600415

@@ -117,14 +117,16 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def compiling_failed(error: RuntimeError) -> bool:
-    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+def no_compiler(error: RuntimeError) -> bool:
+    """Whether torch.compile found no working compiler; its other failures would be mistakes of ours."""
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor")) and bool(
+        re.search(r"compiler|g\+\+|triton", str(error), re.IGNORECASE))
 
 
 def impossible_here(error: RuntimeError) -> str | None:
     """A sentence about what this machine lacks, memory or a compiler; None for any other error."""
     first = str(error).strip().partition("\n")[0]
-    if compiling_failed(error): return f"torch.compile failed ({first}); it needs a C++ compiler (g++)"
+    if no_compiler(error): return f"torch.compile failed ({first}); it needs a C++ compiler (g++)"
     return f"out of memory: {first}" if out_of_memory(error) else None
 
 
@@ -396,11 +398,12 @@ def bench(command: Bench) -> int:
     def measure(compile: bool):
         return benchmark.bench(model, device=device, quick=command.quick, compile=compile,
                                say=lambda text: print(f"measuring {text}", file=sys.stderr, flush=True))
+    result = None
     try: result = measure(compile=True)
     except RuntimeError as error:
-        if not compiling_failed(error): raise
+        if not no_compiler(error): raise
         print(f"{impossible_here(error)}: measuring without compiled rows", file=sys.stderr)
-        result = measure(compile=False)
+    if result is None: result = measure(compile=False)  # out here the first models are free
     print(benchmark.bench_table(result))
     if command.json: command.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0

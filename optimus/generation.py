@@ -314,8 +314,8 @@ def stream(model: nn.Module, tokenizer, prompt: str, *, max_new_tokens: int = 20
     """The text after `prompt`, in pieces of whole characters, as it is drawn; end-of-text is not shown.
 
     `tokenizer` has encode(text) -> ids, decode(ids) -> text and eos_token_id. An empty prompt starts from
-    end-of-text, as documents do in training. Settings as in `generate`, and the same tokens for the same seed,
-    but ids that the tokenizer does not have are never drawn.
+    end-of-text, as documents do in training. Settings as in `generate`, same tokens for the same seed; but
+    ids that the tokenizer does not have are never drawn.
     `eos_token_id` is the tokenizer's unless given. Raises ValueError at the call.
     """
     settings = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)

@@ -94,7 +94,7 @@ class ChunkedLoss(torch.autograd.Function):
                 rows: int) -> Tensor:
         for_hidden, for_weight = ctx.needs_input_grad[:2]
         wide = torch.promote_types(dtype, torch.float32)  # of sums
-        lift = 32.0 if dtype == torch.float16 else 1.0  # above float16's smallest numbers
+        lift, shrink = (2**10, 2**11) if dtype == torch.float16 else (1, 1)  # keep within what float16 holds
         d_hidden = torch.empty_like(hidden, dtype=wide) if for_hidden else None
         d_weight = torch.zeros_like(weight, dtype=wide) if for_weight else None
         matrix, V = weight.to(dtype), len(weight)
@@ -106,6 +106,7 @@ class ChunkedLoss(torch.autograd.Function):
             target = target.where(counted, 0)
             if torch.compiler.is_compiling(): logits = h @ matrix.T  # it pads by itself
             else: logits = torch.mm(h, matrix.T, out=buffer[:len(h)])  # (rows, V)
+            p = None  # the last part's, before there is a new one
             p = logits.to(wide)  # the same memory, unless logits have 16 bits
             top, wanted = p.amax(-1, keepdim=True), p.gather(-1, target)
             mass = p.sub_(top).exp_().sum(-1, keepdim=True)
@@ -117,7 +118,7 @@ class ChunkedLoss(torch.autograd.Function):
             if for_hidden: d_hidden[i:i + rows] = (d_logits @ matrix).to(wide) / lift
             if not for_weight: continue
             if dtype == wide: torch.addmm(d_weight, d_logits.T, h, out=d_weight)
-            else: d_weight += d_logits.T @ (h / lift)
+            else: d_weight.add_(d_logits.T @ (h / shrink), alpha=shrink / lift)
         ctx.count, ctx.gradients = (targets != -100).sum(), (d_hidden, d_weight)
         return total / ctx.count
 
@@ -136,8 +137,10 @@ def lm_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
     hidden: (N, C), weight: (V, C), targets: (N,) int64, -100 is not counted  ->  a scalar, at least float32,
     with F.cross_entropy's value and gradients. Under autocast: products in its dtype, sums in float32. It can
-    go backward once (RuntimeError).
+    go backward once (RuntimeError). ValueError when there are not as many targets as hidden states.
     """
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"targets must be of shape {tuple(hidden.shape[:1])}, got {tuple(targets.shape)}")
     kind, dtype = hidden.device.type, hidden.dtype
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)

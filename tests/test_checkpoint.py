@@ -221,6 +221,12 @@ def test_what_could_not_be_read_again_is_refused_when_saved(run, model, states, 
     assert load_checkpoint(run / "step-00000003").train_state["list"] == [1, 2.5, None, "text"]
 
 
+def test_an_error_without_words_is_named(run, model, monkeypatch):
+    def fail(*_): raise MemoryError
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(CheckpointError, match="MemoryError"): save(run, model, 4)
+
+
 class Bomb:
     def __init__(self, marker): self.marker = marker
     def __reduce__(self): return (Path.touch, (self.marker,))

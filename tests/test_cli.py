@@ -13,11 +13,13 @@ import subprocess
 import sys
 import termios
 import time
+import weakref
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.exc
 import torch._inductor.exc
 from fork_server import TEXTS
 
@@ -243,6 +245,9 @@ def test_what_torch_cannot_do_here_is_one_sentence(workplace, monkeypatch, error
     monkeypatch.setattr(cli, "generate", fail)
     result = workplace("generate", "x")
     assert result.returncode == 1 and words in result.stderr and result.stderr.count("\n") == 1
+    def break_a_graph(command): raise torch._dynamo.exc.TorchRuntimeError("Dynamo failed: mat1 and mat2")
+    monkeypatch.setattr(cli, "generate", break_a_graph)
+    with pytest.raises(torch._dynamo.exc.TorchRuntimeError): workplace("generate", "x")
     monkeypatch.setattr(cli, "generate", lambda command: 1 / len([]))
     with pytest.raises(ZeroDivisionError): workplace("generate", "x")  # our own mistakes stay visible
 
@@ -401,9 +406,14 @@ def test_bench_prints_the_table_and_writes_the_numbers(workplace, monkeypatch):
     assert result.returncode == 0 and "416" in result.stdout and "measuring decoding" in result.stderr
     assert json.loads((workplace.folder / "numbers.json").read_text())["rows"][0]["ours"] == 416
     assert asked["quick"] is True and asked["config"].embedding_dim == 128 and str(asked["device"]) == "cpu"
+    class Model: pass
     def without_compiler(config, compile, **settings):
+        held = Model()
+        models.append(weakref.ref(held))
+        if not compile: assert models[0]() is None  # two models at once might not fit
         if compile: raise torch._inductor.exc.InductorError(OSError("g++ was not found"), None)
         return bench(config, **settings)
+    models = []
     monkeypatch.setattr("optimus.benchmark.bench", without_compiler)
     result = workplace("bench", "--quick")
     assert result.returncode == 0 and "416" in result.stdout and "without compiled rows" in result.stderr

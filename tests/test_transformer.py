@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import optimus.transformer
+from optimus.benchmark import LiveBytes
 from optimus.cache import KVCache, LatentCache
 from optimus.config import ModelConfig, count_parameters
 from optimus.rope import permute_rope
@@ -426,6 +427,30 @@ def test_float16_keeps_small_gradients_as_a_scaled_loss_does():
     off = {form: ((gradient(form, hidden, weight.requires_grad_(), torch.float16) / exact - 1).abs() > 0.1)
            .double().mean().item() for form in (lm_loss, naive)}
     assert off[lm_loss] < 1.02 * off[naive], off  # without lifting 7 % more are off
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_a_large_stream_does_not_overflow_float16(autocast):
+    dtype = torch.float32 if autocast else torch.float16
+    hidden, weight = torch.full((1024, 8), 600.0, dtype=dtype), torch.zeros(2, 8, dtype=dtype)
+    weight.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.float16, enabled=autocast):
+        loss = lm_loss(hidden, weight, torch.zeros(1024, dtype=torch.int64))
+    gradient, = torch.autograd.grad(loss, weight)  # 256 * 600 / 2 is more than float16 holds
+    torch.testing.assert_close(gradient, torch.tensor([[-300.0], [300.0]], dtype=dtype).expand(2, 8))
+
+
+@pytest.mark.parametrize("tokens", [1, 257, 600])
+def test_as_many_targets_as_hidden_states(tokens):
+    with pytest.raises(ValueError, match=rf"shape \(512,\), got \({tokens},\)"):
+        lm_loss(torch.randn(512, 7), torch.randn(V, 7), torch.zeros(tokens, dtype=torch.int64))
+
+
+def test_one_part_of_the_logits_at_a_time_in_16_bits_too():
+    hidden, weight = torch.randn(1024, 7, requires_grad=True), torch.randn(4096, 7, requires_grad=True)
+    with LiveBytes([hidden, weight]) as live, torch.autocast("cpu", dtype=torch.bfloat16):
+        lm_loss(hidden, weight, torch.zeros(1024, dtype=torch.int64)).backward()
+    assert 0 < live.peak - 256 * 4096 * 6 < 2**20
 
 
 def test_the_loss_never_holds_all_logits():
