@@ -126,7 +126,8 @@ def no_compiler(error: RuntimeError) -> bool:
 def impossible_here(error: RuntimeError) -> str | None:
     """A sentence about what this machine lacks, memory or a compiler; None for any other error."""
     first = str(error).strip().partition("\n")[0]
-    if no_compiler(error): return f"torch.compile failed ({first}); it needs a C++ compiler (g++)"
+    if no_compiler(error):
+        return f"torch.compile failed ({first}); it needs a C++ compiler (g++), on a GPU triton too"
     return f"out of memory: {first}" if out_of_memory(error) else None
 
 

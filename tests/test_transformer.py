@@ -402,7 +402,7 @@ def test_the_loss_in_low_precision_is_summed_in_float32(dtype):
             assert (got / scale - true).norm() < 8e-3 * true.norm()
 
 
-def test_the_gradient_of_a_16_bit_head_is_summed_in_the_weights_precision():
+def test_the_gradient_of_a_16_bit_head_is_summed_in_float32():
     # 300 parts of 256 tokens add 128 each; a sum in bfloat16 stays at 256 * 128, for the next is 258 * 128
     for dtype in (torch.float32, torch.bfloat16):
         hidden, weight = torch.ones(300 * 256, 1, dtype=dtype), torch.zeros(2, 1, dtype=dtype)
