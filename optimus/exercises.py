@@ -27,6 +27,7 @@ import json
 import math
 import os
 import struct
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
@@ -1028,19 +1029,21 @@ def token_losses(hidden, weight, targets):
     return [surprise_loop(weight @ h, int(y)) for h, y in zip(hidden, targets)]
 
 def holds_few_logits(fn, hidden, weight, targets, rows):
-    from optimus.benchmark import LiveBytes
-    V, in_one = len(weight), [0]
-    given = {x.untyped_storage().data_ptr() for x in (hidden, weight, targets)}
-    class LiveLogits(LiveBytes):
-        def watch(self, tensor):
-            no_logits = V not in tensor.shape or hidden.shape[1] in tensor.shape
-            if no_logits or tensor.untyped_storage().data_ptr() in given: return
-            in_one.append(tensor.numel() // V)
-            super().watch(tensor)
-    with LiveLogits() as live: fn(hidden, weight, targets, rows)
-    in_one, in_all = max(in_one), live.peak // (weight.element_size() * V)
-    if len(targets) > rows and (in_one > rows or in_all > 5 * rows):  # with logarithms, powers ...
-        most = in_one if in_one > rows else in_all
+    V, alive, in_one, in_all = len(weight), {}, [0], [0]
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if not isinstance(result, Tensor) or V not in result.shape: return result
+            if hidden.shape[1] in result.shape: return result  # a copy of the weights
+            storage, tokens = result.untyped_storage(), result.numel() // V
+            if storage._cdata not in alive: weakref.finalize(storage, alive.pop, storage._cdata)
+            alive[storage._cdata] = max(tokens, alive.get(storage._cdata, 0))
+            in_one.append(tokens)
+            in_all.append(sum(alive.values()))
+            return result
+    with Watch(): fn(hidden, weight, targets, rows)
+    most = max(in_one) if max(in_one) > rows else max(in_all)
+    if len(targets) > rows and (max(in_one) > rows or max(in_all) > 5 * rows):  # with logarithms, powers ...
         return f"at most rows = {rows} tokens' logits may be held at once; yours held {most}"
 
 exercise("loss_in_parts", "08_transformer",
