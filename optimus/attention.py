@@ -35,9 +35,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, scale: float | None = N
 
     q: (B, T, H, D), k: (B, S, H_kv, D), v: (B, S, H_kv, D_v), pos: (T,) or (B, T)  ->  (B, T, H, D_v).
     H_kv divides H; query head h reads key/value head h // (H / H_kv). Key s stands at position s; when T == S
-    the keys stand at `pos`, which must increase along T. `scale` is 1/sqrt(D) unless given.
+    the keys stand at `pos`, which must increase along T. `scale` is 1/sqrt(D) unless given. Raises ValueError
+    for a pos of another shape (it would broadcast) and heads that do not divide.
     """
-    (T, H, D), (S, H_kv, D_v) = q.shape[1:], v.shape[1:]
+    (B, T, H, D), (S, H_kv, D_v) = q.shape, v.shape[1:]
+    if pos.shape not in ((T,), (B, T)):
+        raise ValueError(f"pos must have shape {(T,)} or {(B, T)}, got {tuple(pos.shape)}")
+    if H % H_kv: raise ValueError(f"{H} query heads cannot share {H_kv} key/value heads evenly")
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T or S, D or D_v)
     if D_v < D: v = F.pad(v, (0, D - D_v))  # the fast kernels want one width
     if T == S:

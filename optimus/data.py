@@ -199,11 +199,12 @@ def read_table(path: Path) -> list[str]:
             raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {why}") from None
     if "text" not in table.column_names:
         raise ValueError(f"{path} has no column 'text'; it has {table.column_names}")
-    texts = [text for text in table["text"] if text is not None]
+    try: texts = list(table["text"])
+    except UnicodeDecodeError: raise ValueError(f"{path} is not UTF-8; save it as UTF-8") from None
     for row, text in enumerate(texts):
-        if not isinstance(text, str):
+        if not isinstance(text, str | None):
             raise ValueError(f"{path}: the 'text' of row {row} is {type(text).__name__}, not text")
-    return [text for text in texts if text.strip()]
+    return [text for text in texts if text and text.strip()]
 
 # %% ../notebooks/09_data.ipynb #7ed7a991
 READERS = {".txt": read_text_file, ".jsonl": read_table, ".parquet": read_table}
@@ -325,7 +326,8 @@ def split_documents(texts: Sequence[str],
     """
     if len(texts) == 1:
         text = texts[0]
-        cut = text.find("\n", int(len(text) * train_fraction)) + 1 or int(len(text) * train_fraction)
+        goal = int(len(text) * train_fraction)
+        cut = text.find("\n", goal, (goal + len(text)) // 2) + 1 or goal
         texts = [text[:cut], text[cut:]]
         if not all(t.strip() for t in texts):
             raise ValueError("the corpus is too short to hold out a part for validation")
@@ -380,8 +382,11 @@ def prepare(corpus, tokenizer: Tokenizer, train_fraction: float = 0.9,
     The folder's name is a sha256 of every text, the tokenizer and the fraction: an edited corpus is another.
     It is built under a temporary name and renamed when whole: a preparation killed half-way is never used,
     and goes on at its first unfinished shard. Texts are read a few at a time; `say` hears the speed.
+    Raises ValueError for a fraction outside (0, 1).
     """
     from filelock import FileLock
+    if not 0 < train_fraction < 1:
+        raise ValueError(f"train_fraction is {train_fraction}; it must be in (0, 1)")
     digest = hashlib.sha256(f"{train_fraction}\0{tokenizer.backend.to_str()}".encode())
     texts = corpus["text"]
     for start in range(0, len(texts), 1000):
@@ -420,7 +425,10 @@ class Sequences(torch.utils.data.Dataset):
     With `seed=None` the windows come in the order of the text, every epoch alike (for validation).
     """
     def __init__(self, corpus: PreparedCorpus, split: str, max_length: int, seed: int | None = None):
-        N = {"train": corpus.train_tokens, "validation": corpus.validation_tokens}[split]
+        sizes = {"train": corpus.train_tokens, "validation": corpus.validation_tokens}
+        if split not in sizes: raise ValueError(f"split is {split!r}; it must be 'train' or 'validation'")
+        if max_length < 1: raise ValueError(f"max_length is {max_length}; it must be at least 1")
+        N = sizes[split]
         if N <= max_length:
             raise ValueError(f"the {split} part has {N} tokens; "
                              f"max_length={max_length} needs at least {max_length + 1}")
@@ -461,6 +469,7 @@ def batches(sequences: Sequences, batch_size: int, steps: range, *, num_workers:
     """
     if batch_size % world_size:
         raise ValueError(f"batch_size is {batch_size}; it must be a multiple of {world_size} ranks")
+    if not 0 <= rank < world_size: raise ValueError(f"rank is {rank}; it must be in [0, {world_size})")
     share = batch_size // world_size
     plan = [range(s * batch_size + rank * share, s * batch_size + (rank + 1) * share) for s in steps]
     return iter(torch.utils.data.DataLoader(

@@ -14,7 +14,7 @@ checkpoints: a run may be saved on two ranks and resumed on one."""
 
 # %% auto #0
 __all__ = ['portable', 'Words', 'Ranks', 'Loss', 'DDPRanks', 'FSDPRanks', 'join', 'starts_before', 'meet', 'bytes_held',
-           'memory_per_rank', 'bytes_sent_per_rank']
+           'check_choice', 'memory_per_rank', 'bytes_sent_per_rank']
 
 # %% ../notebooks/14_scale_out.ipynb #14d00010
 import contextlib
@@ -259,11 +259,17 @@ def bytes_held(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     state = [x for entry in optimizer.state.values() for x in entry.values() if isinstance(x, Tensor)]
     return sum(map(size, [*parts, *state]))
 
+def check_choice(parallel: str):
+    """Raise ValueError unless `parallel` is one of the two ways to spread a model over ranks."""
+    if parallel not in ("ddp", "fsdp"):
+        raise ValueError(f"parallel is {parallel!r}; it must be 'ddp' or 'fsdp'")
+
 def memory_per_rank(config: ModelConfig, ranks: int, parallel: str) -> float:
     """Bytes a rank holds between steps with AdamW in float32: 16 a parameter, with "fsdp" shared by all.
 
     Activations come on top; with "fsdp" also, while it runs, the weights of one block and of the embedding.
     """
+    check_choice(parallel)
     return 16 * count_parameters(config)["total"] / (ranks if parallel == "fsdp" else 1)
 
 def bytes_sent_per_rank(config: ModelConfig, ranks: int, parallel: str, parts: int = 1) -> float:
@@ -272,6 +278,7 @@ def bytes_sent_per_rank(config: ModelConfig, ranks: int, parallel: str, parts: i
     DDP adds up the gradients once: 2 (N - 1) / N of their size. FSDP2 gathers the blocks' weights twice a
     part (forward and backward pass), the others once a part, and adds up the gradients once.
     """
+    check_choice(parallel)
     counts = count_parameters(config)
     rest = counts["embedding"] + counts["head"] + config.embedding_dim  # and the last norm
     blocks, share = counts["total"] - rest, (ranks - 1) / ranks

@@ -330,7 +330,8 @@ def turned(x, pos, theta=10000.0, flip=1.0, halves=False, frequencies=None):
     return torch.cat(pair, -1) if halves else torch.stack(pair, -1).flatten(-2)
 
 def rope_inputs(random, n):
-    return randn(random, 2, n, 3, 2 * min(n, 4) + 2), torch.randint(0, 60, (2, n), generator=random)
+    rows = (2, n) if n % 2 else (n,)
+    return randn(random, 2, n, 3, 2 * min(n, 4) + 2), torch.randint(0, 60, rows, generator=random)
 
 # %% ../notebooks/00_start_here.ipynb #d2fb02e2
 def position_zero_is_still(fn, x, pos):
@@ -384,11 +385,12 @@ exercise("rope_complex", "01_rope",
 exercise("smallest_theta", "01_rope",
     "The theta at which the slowest pair of a head of size dim turns exactly once in length positions.",
     lambda length, dim: (length / (2 * math.pi)) ** (dim / (dim - 2)),
-    inputs=lambda random, n: (whole(random, 100, 100000), 2 * n + 4),
+    inputs=lambda random, n: (whole(random, 10, 1000) if n % 2 else whole(random, 1000, 100000), 2 * n + 4),
     hints=("The slowest pair is the last, i = dim/2 - 1; its frequency is theta**(-2i/dim).",
            "length * theta**(-(dim - 2)/dim) = 2 pi; solve for theta."),
     mutants={
         "the pair after the last": lambda length, dim: length / (2 * math.pi),
+        "one position less": lambda length, dim: ((length - 1) / (2 * math.pi)) ** (dim / (dim - 2)),
         "half a turn": lambda length, dim: (length / math.pi) ** (dim / (dim - 2)),
         "degrees": lambda length, dim: (length / 360) ** (dim / (dim - 2)),
         "a radian": lambda length, dim: float(length) ** (dim / (dim - 2)),
@@ -918,10 +920,14 @@ def ffn_width_loop(embedding_dim, mlp_ratio):
 
 exercise("ffn_width", "07_config",
     "SwiGLU's hidden width: two thirds of mlp_ratio * embedding_dim, rounded up to a multiple of 64.",
-    ffn_width_loop, inputs=lambda random, n: (12 * whole(random, n, 20 * n), whole(random, 1, 4)),
+    ffn_width_loop,
+    inputs=lambda random, n: (97, 1) if n == 2 else (96 * whole(random, 1, n), whole(random, 1, 4)) if n == 3
+        else (whole(random, n, 240 * n), whole(random, 2, 9) / 2),
     hints=("Two thirds first, then rounding up.", "64 * math.ceil(2 * mlp_ratio * embedding_dim / 3 / 64)."),
     mutants={
         "rounded down": lambda c, m: 64 * (2 * m * c // 3 // 64),
+        "rounded down, then up": lambda c, m: 64 * math.ceil(2 * m * c // 3 / 64),
+        "whole ratios only": lambda c, m: 64 * math.ceil(2 * int(m) * c / 3 / 64),
         "rounded to the nearest": lambda c, m: 64 * round(2 * m * c / 3 / 64),
         "always one more": lambda c, m: 64 * (2 * m * c // 3 // 64 + 1),
         "no two thirds": lambda c, m: 64 * math.ceil(m * c / 64),
@@ -940,14 +946,15 @@ exercise("largest_batch", "07_config",
     "per_sequence more.",
     largest_batch_loop,
     inputs=lambda random, n: (f := 10 * whole(random, 1, 50), p := whole(random, 3, 30),
-                              f - whole(random, 1, 9) if n == 1 else f + whole(random, 0,
+                              f - p - whole(random, 1, 9) if n == 1 else f + whole(random, 0,
                                   9 * n) + p * whole(random, 0, n)),
     hints=("What is left after the fixed part, divided, rounded down.",
         "And when even the fixed part does not fit?"),
     mutants={
         "rounded up": lambda f, p, m: max(0, -(-(m - f) // p)), "fixed part forgotten": lambda f, p,
             m: m // p,
-        "negative when nothing fits": lambda f, p, m: (m - f) // p, "a fraction": lambda f, p, m: max(0.0,
+        "negative when nothing fits": lambda f, p, m: (m - f) // p,
+        "truncated": lambda f, p, m: int((m - f) / p), "a fraction": lambda f, p, m: max(0.0,
             (m - f) / p),
         "at least one": lambda f, p, m: max(1, (m - f) // p), "one to spare": lambda f, p, m: max(0,
             (m - f) // p - 1),
@@ -1132,7 +1139,8 @@ def greedy_longest(word, merges):
 
 def merge_inputs(random, n):
     word = "".join("ab"[i] for i in torch.randint(2, (2 * n + 2,), generator=random).tolist())
-    return word, [("a", "b"), ("ab", "a"), ("a", "a"), ("b", "aa"), ("b", "b"), ("aa", "a")][:n + 1]
+    merges = [("a", "b"), ("aa", "b"), ("ab", "a"), ("a", "a"), ("b", "aa"), ("b", "b"), ("aa", "a")]
+    return word, merges[:n + 1]
 
 # %% ../notebooks/00_start_here.ipynb #a4c5fae7
 exercise("encode_word", "09_data",
@@ -1321,7 +1329,8 @@ exercise("too_old", "11_checkpoints",
 # %% ../notebooks/00_start_here.ipynb #dfcffc49
 class CrashingFolder:
     """A folder of text files in memory that loses its power after `power` operations."""
-    def __init__(self, power): self.files, self.power, self.seen = {"note": "old text"}, power, []
+    def __init__(self, power, name):
+        self.files, self.power, self.name, self.seen = {name: "old text"}, power, name, []
     def spend(self):
         self.power -= 1
         if self.power < 0: raise OSError("the power is gone")
@@ -1330,20 +1339,20 @@ class CrashingFolder:
         for part in ("", text[:len(text) // 2], text):
             self.spend()
             self.files[name] = part
-            self.seen.append(self.files.get("note"))
+            self.seen.append(self.files.get(self.name))
     def rename(self, old, new):
         """Indivisible."""
         self.spend()
         self.files[new] = self.files.pop(old)
-        self.seen.append(self.files.get("note"))
+        self.seen.append(self.files.get(self.name))
     def delete(self, name):
         self.spend()
         del self.files[name]
-        self.seen.append(self.files.get("note"))
+        self.seen.append(self.files.get(self.name))
 
 def whole_at_every_instant(fn, folder, name, text):
     for power in range(9):  # the power fails after so many operations
-        folder = CrashingFolder(power)
+        folder = CrashingFolder(power, name)
         with contextlib.suppress(OSError): fn(folder, name, text)
         if sentence := left_behind(folder, text): return sentence
 
@@ -1351,8 +1360,9 @@ def left_behind(folder, text):
     half = [x for x in folder.seen if x not in ("old text", text)]
     if half:
         return f"the file must hold the old text or the new at every instant; yours once held {half[0]!r}"
-    if folder.power >= 0 and folder.files != {"note": text}:
-        return f"at the end there must be one file, note, with the new text; yours left {folder.files!r:.70}"
+    if folder.power >= 0 and folder.files != {folder.name: text}:
+        return (f"at the end there must be one file, {folder.name}, with the new text; "
+                f"yours left {folder.files!r:.70}")
 
 # %% ../notebooks/00_start_here.ipynb #5b35ace1
 def write_safely_reference(folder, name, text):
@@ -1371,7 +1381,7 @@ exercise("write_safely", "11_checkpoints",
     "text or the new one. "
     "folder.write(name, text) may stop half-way; folder.rename(old, new) replaces new in one step.",
     write_safely_reference, judged_by_properties=True, changes_input=True,
-    inputs=lambda random, n: (CrashingFolder(99), "note", f"new text {n}"),
+    inputs=lambda random, n: (CrashingFolder(99, f"note {n}"), f"note {n}", f"new text {n}"),
     hints=("Write somewhere else first.", "Only a rename is indivisible, and it replaces what has the name."),
     properties=(whole_at_every_instant,),
     mutants={
@@ -1382,6 +1392,7 @@ exercise("write_safely", "11_checkpoints",
         "leaves a backup": wrote(("write", "backup", "old text"), ("write", "half", "{1}"), ("rename", "half",
             "{0}")),
         "never renamed": wrote(("write", "half", "{1}")),
+        "the name ignored": wrote(("write", "half", "{1}"), ("rename", "half", "note 1")),
         "the old one moved away": wrote(("rename", "{0}", "backup"), ("write", "{0}", "{1}"))})
 
 # %% ../notebooks/00_start_here.ipynb #1944b619
@@ -1395,12 +1406,15 @@ def curves(random, n):
     b, i = list(a), whole(random, 0, n + 2)
     if n % 3: b[i:] = [math.nextafter(x, 2) if n % 3 == 1 else x + 0.1 * j for j, x in enumerate(b[i:], 1)]
     if n == 5: b[i + 1:] = a[i + 1:]
+    if n == 3: a[i] = b[i] = math.nan  # the same nan: no difference
+    if n == 4: a[i], b = 0.0, [*a[:i], -0.0, *a[i + 1:]]
     return a, b
 
 exercise("first_difference", "11_checkpoints",
     "The index of the first step at which two loss curves of equal length differ in any bit, or -1.",
     first_difference_loop, inputs=curves, hints=("No tolerance: equal means equal.",),
     mutants={
+        "nan is not nan": lambda a, b: next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), -1),
         "with a tolerance": lambda a, b: next((i for i, (x, y) in enumerate(zip(a, b)) if not math.isclose(x,
             y)), -1),
         "the last": lambda a, b: max((i for i, (x, y) in enumerate(zip(a, b)) if x != y), default=-1),
@@ -1622,7 +1636,7 @@ exercise("looks_permuted", "13_interop",
     "1e-4 at position 0 and do not "
     "somewhere later: the symptom of a forgotten permutation.",
     looks_permuted_loop, inputs=logits_pair,
-    hints=("Position 0 is not rotated, so there the layout does not matter.",
+    hints=("At position 0 there is one key: queries and keys do not matter.",
         "Two conditions, joined by and."),
     mutants={
         "any difference": lambda a, b, t: bool((a(t) - b(t)).abs().max() > 1e-4),
@@ -1819,10 +1833,13 @@ exercise("top_p_for", "16_generation_panel",
     "The smallest top_p in hundredths whose nucleus has at least n tokens of a distribution (V,): it must "
     "exceed the sum of the likeliest "
     "n - 1.",
-    top_p_for_loop, inputs=lambda random, n: (randn(random, n + 4).softmax(0), whole(random, 1, min(n, 5))),
+    top_p_for_loop,
+    inputs=lambda random, n: (torch.tensor([0.125, 0.5, 0.25, 0.125]), 2 + n // 3) if n in (2, 3)
+        else (randn(random, n + 4).softmax(0), whole(random, 1, min(n, 5))),
     hints=("Sort downward, add up the first n - 1.", "The next hundredth above that sum."),
     mutants={
         "sum of n": lambda p, n: top_p_for_loop(p, n + 1),
+        "at least the sum": lambda p, n: max(0.01, hundredth(downward(p)[:n - 1].sum() - 2e-8, 1)),
         "rounded down": lambda p, n: hundredth(downward(p)[:n - 1].sum(), 0),
         "the smallest first": lambda p, n: hundredth(p.sort().values[:n - 1].sum()),
         "unsorted": lambda p, n: hundredth(p[:n - 1].sum()) + 0.01 * (n == 1),
@@ -1844,12 +1861,12 @@ def ends_with_the_last(fn, times, interval):
         return f"the last token must always be drawn; yours drew {len(drawn)} of {len(times)}, not the last"
     if drawn[:1] != times[:1]: return "the first token must be drawn at once"
 
-def arrivals(random, n): return sorted({whole(random, 0, 40 * n) / 100 for _ in range(3 * n)}), 0.125
+def arrivals(random, n):
+    return sorted({whole(random, 0, 32 * n) / 64 for _ in range(3 * n)}), whole(random, 2, 8) / 64
 
 exercise("drawings", "16_generation_panel",
-    "A throttle. Tokens arrive at times (ascending). The first is drawn at once; another only if at least "
-    "interval has passed since the last "
-    "drawing; the last always. Return the times of the drawings.",
+    "A throttle. Tokens arrive at times (strictly ascending). The first is drawn at once; another only if at "
+    "least interval has passed since the last drawing; the last always. Return the times of the drawings.",
     drawings_loop, inputs=arrivals, properties=(ends_with_the_last,),
     hints=("Compare with the last *drawing*, not with the last arrival.", "The last one is special."),
     mutants={
@@ -1858,4 +1875,6 @@ exercise("drawings", "16_generation_panel",
         "all": lambda t, w: list(t), "first and last": lambda t, w: [t[0], t[-1]] if len(t) > 1 else list(t),
         "on a grid": lambda t, w: [b for a, b in zip([-9.0, *t], t) if a // w != b // w or b == t[-1]],
         "the first waits": lambda t, w: [x for x in drawings_loop([t[0] - w / 2, *t], w)[1:]],
+        "more than the interval": lambda t, w: drawings_loop(t, w + 1e-9),
+        "always an eighth": lambda t, w: drawings_loop(t, 0.125),
         "twice the interval": lambda t, w: drawings_loop(t, 2 * w)})

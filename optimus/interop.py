@@ -27,7 +27,7 @@ import os
 import re
 import shutil
 import threading
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -86,8 +86,9 @@ def their_config(config: ModelConfig, eos_token_id: int | None = None):
 def to_transformers(model: LanguageModel, eos_token_id: int | None = None):
     """The same function as a `DeepseekV2ForCausalLM` ("mla") or `LlamaForCausalLM` ("gqa"), in eval mode.
 
-    Every tensor is a copy, in the model's dtype and on its device; float32 logits agree to 1e-4.
-    `eos_token_id` ends its `generate`; without one it never stops early. ValueError for no LanguageModel.
+    Every tensor is a copy, in the model's dtype and on its device. Float32 logits agree to 1e-4 of
+    the largest, or of 1 where all are smaller. `eos_token_id` ends its `generate`; without one it never
+    stops early. ValueError for no LanguageModel.
     """
     from transformers import DeepseekV2ForCausalLM, LlamaForCausalLM
     if not isinstance(model, LanguageModel):
@@ -317,12 +318,13 @@ def training_facts(folder: Path) -> dict[str, str]:
     state = read_json(folder / "trainer_state.json")
     training, corpus = state.get("training_config") or {}, state.get("corpus") or {}
     name = str(corpus.get("name") or training.get("dataset_name") or "")
-    if Path(name).is_absolute() or name[:1] in ("~", "."): name = Path(name).name
+    path, on_a_hub = PureWindowsPath(name), re.fullmatch(r"[\w-]+(/[\w.-]+)?", name)  # splits at / and \
+    if not on_a_hub or path.suffix or Path(name).exists(): name = path.name
     data = f"`{name}`" if name else SILENT
     if training.get("dataset_config"): data += f", edition `{training['dataset_config']}`"
     if corpus.get("fingerprint"): data += f", fingerprint `{corpus['fingerprint']:.12}`"
     split, number = training.get("train_val_split"), lambda n: f"{n:,}" if isinstance(n, int) else SILENT
-    if split: data += f"; {split:.0%} of the documents train, the others are held out whole"
+    if split: data += f"; {100 * split:g}% of the documents train, the others are held out whole"
     return {"training data": data, "steps": number(state.get("step")),
             "training tokens": number(state.get("tokens")), "held-out loss": measured_loss(folder, state)}
 
@@ -418,7 +420,8 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path) -> float:
 
     `checkpoint` needs model.safetensors, config.json and tokenizer.json; a manifest.json beside them is
     checked. ValueError when a file is missing or `out` is not new or empty, CheckpointError when the
-    checkpoint is damaged, the disk refuses, or the result has other logits. Then nothing is left behind.
+    checkpoint is damaged, the disk refuses, or the result has other logits. Then no half-written
+    folder is left behind.
     """
     folder, out = Path(checkpoint), Path(out).resolve()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):

@@ -36,8 +36,11 @@ def absorbed_attend(q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor
     q_nope: (B, T, H, d_nope), q_rope: (B, T, H, d_rope), c_kv: (B, S, r), k_rope: (B, S, d_rope),
     W_UK: (H, d_nope, r), W_UV: (H, d_v, r), pos: (T,) or (B, T)  ->  (B, T, H, d_v).
     Key s stands at position s, or at `pos` when T == S. Scores are scaled by 1/sqrt(d_nope + d_rope).
+    Raises ValueError for a pos of another shape: it would broadcast.
     """
-    (T, H, d_nope), S, d_rope = q_nope.shape[1:], c_kv.shape[1], q_rope.shape[-1]
+    (B, T, H, d_nope), S, d_rope = q_nope.shape, c_kv.shape[1], q_rope.shape[-1]
+    if pos.shape not in ((T,), (B, T)):
+        raise ValueError(f"pos must have shape {(T,)} or {(B, T)}, got {tuple(pos.shape)}")
     scale = (d_nope + d_rope) ** -0.5
     q_latent = torch.einsum("bthd,hdr->bthr", q_nope, W_UK)  # W_UK folded into the queries
     scores = torch.bmm(q_rope.flatten(1, 2), k_rope.mT)  # (B, T*H, S)

@@ -14,16 +14,20 @@ class RMSNorm(nn.Module):
     """Rescale the last axis to unit root-mean-square, times a learned gain (arXiv:1910.07467, Eq. 4).
 
     x: (..., dim), any float dtype  ->  (..., dim), same dtype. Computed in at least float32, rounded once.
-    `eps` (not in the paper) guards x = 0. Raises ValueError if the last axis of x is not dim.
+    `eps` (not in the paper) guards x = 0. Raises ValueError if the last axis of x is not dim, x holds
+    whole numbers, dim is below 1 or eps below 0.
     """
     def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__()
+        if dim < 1 or not eps >= 0:
+            raise ValueError(f"dim must be at least 1 and eps at least 0, got {dim} and {eps}")
         self.dim, self.eps = dim, eps
         self.weight = nn.Parameter(torch.ones(dim))  # the gain g
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1:] != (self.dim,):
             raise ValueError(f"RMSNorm({self.dim}) got x of shape {tuple(x.shape)}, not (..., {self.dim})")
+        if not x.is_floating_point(): raise ValueError(f"x must hold floating-point numbers, got {x.dtype}")
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         mean_square = wide.pow(2).mean(-1, keepdim=True)  # (..., 1)
         return (wide * torch.rsqrt(mean_square + self.eps) * self.weight).to(x.dtype)

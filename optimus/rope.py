@@ -32,6 +32,7 @@ def rope_angles(pos: Tensor, dim: int, theta: float = 10000.0, dtype: torch.dtyp
 def _check(x: Tensor, pos: Tensor, theta: float):
     shape, got = tuple(x.shape), tuple(pos.shape)
     if len(shape) != 4: raise ValueError(f"x must have shape (B, T, H, D), got {shape}")
+    if not x.is_floating_point(): raise ValueError(f"x must hold floating-point numbers, got {x.dtype}")
     B, T, _, D = shape
     if D % 2 or D == 0: raise ValueError(f"the head size D must be even and positive, got x of shape {shape}")
     if got not in ((T,), (B, T)):
@@ -45,7 +46,8 @@ def apply_rope(x: Tensor, pos: Tensor, theta: float = 10000.0, interleaved: bool
     x: (B, T, H, D), any float dtype  ->  (B, T, H, D), same dtype; angles and products in at least float32.
     pos: (T,) or (B, T), int64 absolute positions on x's device. theta: no unit, sets the wavelengths.
     Pairs are (0,1), (2,3), ... when interleaved (paper, DeepSeek), else (i, i + D/2) (transformers' Llama).
-    Raises ValueError for an odd D, an x that is not 4-dimensional, a pos of another shape, or theta <= 0.
+    Raises ValueError for an odd D, an x that is not 4-dimensional or holds whole numbers, a pos of
+    another shape, or theta <= 0.
     """
     _check(x, pos, theta)
     half = x.shape[-1] // 2

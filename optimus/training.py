@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import (CheckpointError, latest_checkpoint, load_checkpoint, remove_leftovers,
-                                save_checkpoint, step_folders)
+                                save_checkpoint, step_folders, step_of)
 from .config import ModelConfig, TrainingConfig
 from .data import (PreparedCorpus, Sequences, Tokenizer, batches, load_corpus, load_tokenizer, prepare,
                           train_tokenizer)
@@ -426,7 +426,7 @@ FREE_TO_CHANGE = {"num_workers", "checkpoint_dir", "tensorboard_dir", "eval_inte
 def set_aside_newer(saved: Path) -> None:
     """Rename the checkpoints after `saved`, which are damaged, so that none is counted or met again."""
     for path in step_folders(saved.parent):
-        if path.name <= saved.name: continue
+        if step_of(path) <= step_of(saved): continue
         aside = path.with_name(f".damaged-{path.name}")
         while aside.exists(): aside = aside.with_name(f"{aside.name}-again")
         os.replace(path, aside)

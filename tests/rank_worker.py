@@ -151,7 +151,12 @@ def run(folder: Path, job: dict) -> dict:
                             | job.get("settings", {}))
     model = ModelConfig(**MODEL | dict(dropout=0.0) | job.get("model", {}))
 
+    streams = []  # the next numbers of this rank's random stream, after each step
+
     def on_step(row):
+        ahead = torch.Generator()
+        ahead.set_state(torch.get_rng_state())
+        streams.append(torch.rand(2, generator=ahead).tolist())
         killed = row["step"] == job.get("kill") and not starts_before()
         if RANK == 1 and killed: os.kill(os.getpid(), signal.SIGKILL)
         if RANK == 1 and row["step"] == job.get("signal"): os.kill(os.getpid(), signal.SIGTERM)
@@ -173,7 +178,7 @@ def run(folder: Path, job: dict) -> dict:
             "validation": [row["validation_loss"] for row in rows if "validation_loss" in row],
             "weights": torch.cat([p.detach().flatten() for p in model.parameters()]).tolist(),
             "stopped_by": result.stopped_by, "checkpoint": str(result.checkpoint), "state": state["run"],
-            "exchanges": exchanges, "process": os.getpid()}
+            "exchanges": exchanges, "streams": streams, "process": os.getpid()}
 
 
 def main():

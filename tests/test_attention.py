@@ -195,3 +195,17 @@ def test_sizes_that_do_not_fit_are_refused(args, said):
 def test_wrong_shapes_say_so(x_shape, pos_shape, said):
     with pytest.raises(ValueError, match=said):
         random_layer()(torch.randn(x_shape), torch.zeros(pos_shape, dtype=torch.long))
+
+
+@pytest.mark.parametrize("past", [0, 4])
+@pytest.mark.parametrize("shape", [(1,), (), (B, 1), (S + 1,)])
+def test_positions_that_would_broadcast_are_refused(past, shape):
+    q, k = torch.randn(B, S, 4, 6), torch.randn(B, S + past, 4, 6)
+    with pytest.raises(ValueError, match=r"pos must have shape \(7,\) or \(2, 7\), got"):
+        attend(q, k, k, torch.zeros(shape, dtype=torch.long))
+
+
+def test_heads_that_cannot_share_evenly_are_refused():
+    q, k = torch.randn(B, S, 5, 6), torch.randn(B, S, 2, 6)
+    with pytest.raises(ValueError, match="5 query heads cannot share 2 key/value heads"):
+        attend(q, k, k, torch.arange(S))

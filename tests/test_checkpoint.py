@@ -119,6 +119,44 @@ def test_a_delete_that_fails_is_only_a_warning(run, monkeypatch):
     assert [p.name for p in step_folders(run)] == ["step-00000003"]
 
 
+@pytest.mark.parametrize("keep_last", [0, -2])
+def test_keeping_none_is_refused(run, keep_last):
+    with pytest.raises(ValueError, match=f"keep_last is {keep_last}; it must be at least 1"):
+        prune(run, keep_last)
+    assert len(step_folders(run)) == 3
+
+
+def test_steps_are_ordered_as_numbers(tmp_path, model):
+    for step in (99_999_999, 100_000_000): path = save(tmp_path, model, step, keep_last=2)
+    assert latest_checkpoint(tmp_path) == path == tmp_path / "step-100000000"
+    save(tmp_path, model, 100_000_001, keep_last=2)
+    assert [p.name for p in step_folders(tmp_path)] == ["step-100000000", "step-100000001"]
+
+
+def test_all_is_on_the_disk_before_the_name_appears(tmp_path, model, tokenizer, monkeypatch):
+    # A kill cannot show a forgotten fsync, so the order of the calls is noted.
+    calls, waited, sync, fsync, replace = [], [], checkpoint.sync, os.fsync, os.replace
+
+    def synced(path):
+        waited.clear()
+        sync(path)
+        if waited: calls.append(("sync", path.name))
+
+    def renamed(old, new):
+        calls.append(("rename", Path(new).name))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", lambda handle: waited.append(fsync(handle)))
+    monkeypatch.setattr(checkpoint, "sync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    save(tmp_path / "run", model, 1, tokenizer)
+    named = calls.index(("rename", "step-00000001"))
+    before, sealed = [name for _, name in calls[:named]], calls.index(("sync", "manifest.json"))
+    assert set(FILES) <= set(before) and before[-1] == ".half-step-00000001"
+    assert all(calls.index(("sync", name)) < sealed for name in FILES if name != "manifest.json")
+    assert ("sync", "run") in calls[named + 1:]
+
+
 def test_weights_that_are_not_finite_are_refused(run, tokenizer):
     model = LanguageModel(CONFIG)
     model.norm.weight.data[3] = float("nan")

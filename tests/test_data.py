@@ -182,6 +182,8 @@ def test_a_folder_gives_the_documents_of_all_its_files(tmp_path):
     ("broken.jsonl", b'{"text": "a"}\n{"text": ', "broken.jsonl cannot be read as jsonl"),
     ("other.jsonl", b'{"body": "a"}\n', "other.jsonl has no column 'text'; it has .*body"),
     ("empty.jsonl", b"", "empty.jsonl"),
+    ("latin.jsonl", b'{"text": "a"}\n' * 3000 + b'{"text": "caf\xe9"}\n', "latin.jsonl is not UTF-8"),
+    ("number.jsonl", b'{"text": null}\n{"text": null}\n{"text": 5}\n', "number.jsonl: .* row 2 is int, not"),
     ("broken.parquet", b"not parquet", "broken.parquet cannot be read as parquet"),
     ("page.html", b"<p>", "page.html is not a .txt, .jsonl, .parquet file"),
 ])
@@ -269,6 +271,18 @@ def test_a_lone_document_is_cut_at_a_line():
     train, held, texts = split_documents(["one\ntwo\nthree\nfour\nfive"], 0.5)
     assert (train, held, texts) == ([0], [1], ["one\ntwo\nthree\n", "four\nfive"])
     with pytest.raises(ValueError, match="too short"): split_documents(["a"], 0.9)
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\nend"])
+def test_a_lone_document_without_lines_is_cut_near_the_fraction(end):
+    first, rest = split_documents(["a" * 1000 + end], 0.9)[2]
+    assert first + rest == "a" * 1000 + end and 90 <= len(rest) <= 110
+
+
+@pytest.mark.parametrize("fraction", [90, 1.0, 0.0, -1, float("nan")])
+def test_a_fraction_that_is_none_is_refused(corpus, tokenizer, fraction):
+    with pytest.raises(ValueError, match=rf"train_fraction is {fraction}; it must be in \(0, 1\)"):
+        prepare(corpus, tokenizer, fraction)
 
 
 def test_prepared_once_then_only_read(corpus, tokenizer, monkeypatch):
@@ -399,6 +413,9 @@ def test_ranks_share_a_batch_without_overlap(sequences):
         assert torch.equal(torch.cat([p[step] for p in parts], 1), whole[step])
     with pytest.raises(ValueError, match="batch_size is 6; it must be a multiple of 4"):
         batches(sequences, 6, range(1), world_size=4)
+    for rank in (-1, 2, 5):
+        with pytest.raises(ValueError, match=rf"rank is {rank}; it must be in \[0, 2\)"):
+            batches(sequences, 6, range(1), rank=rank, world_size=2)
 
 
 def test_reading_batches_leaves_the_random_state_alone(sequences):
@@ -417,3 +434,5 @@ def test_too_short_a_corpus_says_both_numbers(corpus, tokenizer):
     p = prepare(corpus, tokenizer)
     N = p.validation_tokens
     with pytest.raises(ValueError, match=rf"{N} tokens; max_length={N} needs"): Sequences(p, "validation", N)
+    with pytest.raises(ValueError, match="split is 'val'; it must be"): Sequences(p, "val", 8)
+    with pytest.raises(ValueError, match="max_length is 0; it must be at least 1"): Sequences(p, "train", 0)

@@ -21,7 +21,7 @@ from rank_worker import run as run_job
 
 from optimus import ModelConfig, TrainingConfig, train
 from optimus.checkpoint import load_checkpoint, problem, step_folders
-from optimus.distributed import Words, join, portable, starts_before
+from optimus.distributed import Words, bytes_sent_per_rank, join, memory_per_rank, portable, starts_before
 from optimus.training import ONE_PROCESS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,10 +151,20 @@ def test_gradients_are_exchanged_once_a_step(ranks, single, kind):
 @pytest.mark.slow
 @BOTH
 def test_resumed_on_the_same_ranks_it_is_exact_with_dropout(ranks, single, kind):
-    _, (first, _) = ranks(kind)
+    _, (first, second) = ranks(kind)
     for item in ("losses", "weights"): assert first["dropout to 20"][item] == first["dropout"][item]
     assert len(first["dropout to 9"]["losses"]) == 9
     assert apart(first["dropout"]["losses"], single()["losses"]) > 1e-2  # dropout was on
+    for mine in (first, second): assert mine["dropout to 20"]["streams"] == mine["dropout"]["streams"][9:]
+
+
+@pytest.mark.slow
+@BOTH
+def test_every_rank_draws_its_own_dropout(ranks, single, kind):
+    _, (first, second) = ranks(kind)
+    mine, other = first["dropout"]["streams"], second["dropout"]["streams"]
+    assert len(mine) == len(other) == 20 and all(a != b for a, b in zip(mine, other))
+    assert mine[0] != mine[1] and other[0] != other[1]  # dropout draws from it
 
 
 @pytest.mark.slow
@@ -323,3 +333,11 @@ def test_an_environment_that_torchrun_did_not_make_is_refused_in_a_sentence(monk
 
 def test_one_process_that_torchrun_started_again_has_noted_no_run():
     assert ONE_PROCESS.noted() is None  # the command line asks it when TORCHELASTIC_RESTART_COUNT is set
+
+
+@pytest.mark.parametrize("predicted", [bytes_sent_per_rank, memory_per_rank])
+def test_only_the_two_ways_to_share_are_predicted(predicted):
+    assert predicted(ModelConfig(), 4, "ddp") != predicted(ModelConfig(), 4, "fsdp")
+    for other in ("FSDP", "none", ""):
+        with pytest.raises(ValueError, match=f"parallel is {other!r}; it must be 'ddp' or 'fsdp'"):
+            predicted(ModelConfig(), 4, other)

@@ -485,10 +485,27 @@ def test_the_card_admits_what_it_does_not_know_and_hides_private_paths(tmp_path,
     (tmp_path / "history.jsonl").write_text('{"step": 1, "validation_loss": 0.5}\n')  # of something else
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
     assert card(tmp_path / "out").count("not recorded") == 4 and str(tmp_path) not in card(tmp_path / "out")
-    (tmp_path / "checkpoint" / "trainer_state.json").write_text(json.dumps(
-        {"step": 3, "corpus": {"name": str(tmp_path / "my_texts.txt")}}))
-    facts = training_facts(tmp_path / "checkpoint")
-    assert facts["training data"] == "`my_texts.txt`"
+
+
+@pytest.mark.parametrize("name, shown", [
+    ("/home/me/my_texts.txt", "my_texts.txt"), ("secret/acme/mails.txt", "mails.txt"),
+    ("acme/mails.txt", "mails.txt"), ("secret/acme/mails", "mails"), ("../acme/mails", "mails"),
+    ("~/mails", "mails"), ("here/mails", "mails"),
+    (r"C:\Users\me\mails.txt", "mails.txt"), (r"acme\mails", "mails"),
+    ("sotu", "sotu"), ("wikimedia/wikipedia", "wikimedia/wikipedia"),
+])
+def test_a_path_on_a_disk_is_cut_to_its_last_part(tmp_path, monkeypatch, name, shown):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "mails").mkdir(parents=True)  # looks like a name on the hub, and is a folder
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"step": 3, "corpus": {"name": name}}))
+    assert training_facts(tmp_path)["training data"] == f"`{shown}`"
+
+
+@pytest.mark.parametrize("split, shown", [(0.9, "90%"), (0.995, "99.5%"), (0.9999, "99.99%")])
+def test_the_share_of_training_documents_is_not_rounded_to_all(tmp_path, split, shown):
+    state = {"step": 3, "corpus": {"name": "sotu"}, "training_config": {"train_val_split": split}}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    assert f"; {shown} of the documents train" in training_facts(tmp_path)["training data"]
 
 
 def test_nothing_is_destroyed_and_nothing_half_written_stays(tmp_path, tokenizer, monkeypatch):

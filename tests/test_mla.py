@@ -222,3 +222,13 @@ def test_sizes_that_do_not_fit_are_refused(change, said):
 def test_wrong_shapes_say_so(x_shape, pos_shape, said):
     with pytest.raises(ValueError, match=said):
         random_layer()(torch.randn(x_shape).double(), torch.zeros(pos_shape, dtype=torch.long))
+
+
+@pytest.mark.parametrize("past", [0, 4])
+@pytest.mark.parametrize("shape", [(1,), (), (B, 1), (T + 1,)])
+def test_positions_that_would_broadcast_are_refused(past, shape):
+    q_nope, q_rope, c_kv, k_rope = (torch.randn(*s) for s in [(B, T, 3, 5), (B, T, 3, 2), (B, T + past, 9),
+                                                              (B, T + past, 2)])
+    with pytest.raises(ValueError, match=r"pos must have shape \(13,\) or \(2, 13\), got"):
+        absorbed_attend(q_nope, q_rope, c_kv, k_rope, torch.randn(3, 5, 9), torch.randn(3, 4, 9),
+                        torch.zeros(shape, dtype=torch.long))

@@ -96,3 +96,19 @@ def test_autocast_leaves_the_dtype_and_the_numbers(norm):
 def test_wrong_width_says_so(norm, shape):
     with pytest.raises(ValueError, match=r"RMSNorm\(7\).*" + re.escape(str(shape))):
         norm(torch.randn(shape))
+
+
+def test_whole_numbers_are_refused(norm):
+    with pytest.raises(ValueError, match="x must hold floating-point numbers, got torch.int64"):
+        norm(torch.ones(B, T, C, dtype=torch.long))
+
+
+@pytest.mark.parametrize("dim, eps", [(0, 1e-6), (-7, 1e-6), (7, -1e-6), (7, float("nan"))])
+def test_sizes_that_make_no_norm_are_refused(dim, eps):
+    with pytest.raises(ValueError, match=f"eps at least 0, got {dim} and {eps}"): RMSNorm(dim, eps)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-3, 0.5])
+def test_eps_is_the_one_given(eps):
+    x = torch.randn(B, T, C) / 10
+    torch.testing.assert_close(RMSNorm(C, eps)(x), F.rms_norm(x, (C,), eps=eps))

@@ -213,3 +213,9 @@ def test_wrong_arguments_say_so(shape, pos, theta, message, interleaved):
 def test_permute_rope_refuses_what_is_not_whole_heads(head_dim):
     with pytest.raises(ValueError, match=f"70 rows.*got {head_dim}"):
         permute_rope(torch.randn(H * D, C), head_dim, interleaved=True)
+
+
+@LAYOUTS
+def test_whole_numbers_are_refused(interleaved):
+    with pytest.raises(ValueError, match="x must hold floating-point numbers, got torch.int64"):
+        apply_rope(torch.ones(2, 3, 5, 14, dtype=torch.long), torch.arange(3), interleaved=interleaved)
