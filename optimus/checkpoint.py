@@ -82,7 +82,7 @@ def publish(half: Path, final: Path) -> None:
 
 def save_train_state(state: dict[str, Any], path: Path) -> None:
     """Write `state`, and look whether it can be read: TypeError for what is no tensor and no plain type."""
-    torch.save(state, path)
+    with open(path, "wb") as file: torch.save(state, file)  # given a path, it hides why a disk refuses
     try: torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         what = re.search(r"GLOBAL (\S+)", str(error))
@@ -93,6 +93,9 @@ def explain(error: Exception, folder: Path) -> str:
     """One sentence for a write that failed: what was refused, and how many bytes are free there."""
     if isinstance(error, TypeError): return str(error)
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    chain = [error]
+    while chain[-1].__context__: chain.append(chain[-1].__context__)
+    error = next((e for e in chain if getattr(e, "strerror", None)), error)
     why = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
     return f"{why} ({shutil.disk_usage(there).free:,} bytes free in {there})"
 

@@ -169,6 +169,7 @@ def unknown_words(command, words: list[str]) -> str:
     flag = next((word.split("=")[0] for word in words if word.startswith("-")), None)
     if flag:
         known = options(type(command))
+        if flag in known.values(): return f"{flag} stands after --, where every word is text; put it before"
         near = difflib.get_close_matches(re.sub(r"^--|.*\.", "", flag).replace("_", "-"), known, 1)
         hint = f" (did you mean {known[near[0]]}?)" if near else ""
         return f"unknown option {flag}{hint}; see {name} --help"
@@ -205,10 +206,11 @@ def train_defaults(argv: list[str]) -> Train:
 
 
 def saved_settings(run: Path) -> Train | None:
-    """The settings of a run as its newest checkpoint tells them; None where no checkpoint does."""
-    for checkpoint in reversed(step_folders(run)):
+    """The settings of a run, of its newest checkpoint or of its beginning; None where neither tells them."""
+    states = [checkpoint / "trainer_state.json" for checkpoint in reversed(step_folders(run))]
+    for path in (*states, run / "settings.json"):
         try:
-            state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+            state = json.loads(path.read_text(encoding="utf-8"))
             model, training = state["model_config"], state["training_config"]
         except (OSError, ValueError, KeyError): continue  # damaged: `optimus.train` says so
         training = training | {"checkpoint_dir": str(run.parent), "run_name": run.name}
@@ -239,6 +241,9 @@ def train(command: Train) -> int:
         source = f"preset {automatic_preset()} ({why})"
     if resume:
         run = run_folder(config, resume=True)
+        if begun is None and not (run / "history.jsonl").is_file() and not step_folders(run):
+            raise ValueError(f"there is no run {run} to resume; start it without --resume")
+        if command.preset == "auto" and saved_settings(run): source = "its own settings, from step 0"
         source = f"continuing {run}" if step_folders(run) else f"{run} has no checkpoint yet: {source}"
     elif config.start_from: source += f", starting from {config.start_from}"
     where = f"{spread.ranks} ranks ({config.parallel}) of {device.type}" if spread.ranks > 1 else device

@@ -105,8 +105,8 @@ def check_together(config) -> None:
 MODEL_RANGES = {
     "vocab_size": "[1, inf)", "embedding_dim": "[1, inf)", "num_layers": "[1, inf)",
     "num_attention_heads": "[1, inf)", "num_kv_heads": "[1, inf)", "compression_ratio": "(0, 1]",
-    "rope_seq_len": "[1, inf)", "mlp_ratio": "(0, inf)", "dropout": "[0, 1)", "attention": ("mla", "gqa"),
-    "rope_theta": "(0, inf)", "norm_eps": "(0, 1)", "intermediate_size": "[1, inf)",
+    "rope_seq_len": "[1, inf)", "mlp_ratio": "(0, 1000]", "dropout": "[0, 1)", "attention": ("mla", "gqa"),
+    "rope_theta": "[1, inf)", "norm_eps": "(0, 1)", "intermediate_size": "[1, inf)",
 }
 
 # %% ../notebooks/07_config.ipynb #432adb0a

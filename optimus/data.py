@@ -78,6 +78,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     tokenizer.backend.save(str(temporary))
+    with open(temporary, "rb") as file: os.fsync(file.fileno())
     os.replace(temporary, path)
     return path
 
@@ -156,7 +157,8 @@ def gpt2_tokenizer() -> Tokenizer:
 def sotu_tokenizer() -> Tokenizer:
     """4,096 entries learned from the built-in corpus: about three seconds once, then read from the cache."""
     folder = cache_folder() / "tokenizers" / "sotu-4096"
-    if not (folder / "tokenizer.json").is_file(): save_tokenizer(train_tokenizer(sotu_texts(), 4096), folder)
+    try: return load_tokenizer(folder)
+    except ValueError: save_tokenizer(train_tokenizer(sotu_texts(), 4096), folder)  # not there, or damaged
     return load_tokenizer(folder)
 
 # %% ../notebooks/09_data.ipynb #d1ec7ecf
@@ -402,8 +404,12 @@ def prepare(corpus, tokenizer: Tokenizer, train_fraction: float = 0.9,
         train, held, texts = split_documents(texts, train_fraction)
         dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
         how = tokenizer, dtype, shard_documents, say
-        train_tokens, _ = write_shards(half, "train", texts, train, *how)
-        held_tokens, held_bytes = write_shards(half, "validation", texts, held, *how)
+        try:
+            train_tokens, _ = write_shards(half, "train", texts, train, *how)
+            held_tokens, held_bytes = write_shards(half, "validation", texts, held, *how)
+        except OSError as error:  # a full disk does not say where
+            error.filename = error.filename or str(half)
+            raise
         for path in half.glob("*-*"): path.unlink()
         facts = dict(fingerprint=digest.hexdigest(), dtype=dtype,
                      train_tokens=train_tokens, train_documents=len(train), validation_tokens=held_tokens,
@@ -413,9 +419,13 @@ def prepare(corpus, tokenizer: Tokenizer, train_fraction: float = 0.9,
     return read_prepared(folder)
 
 def read_prepared(folder: Path) -> PreparedCorpus | None:
-    """What `prepare` left in `folder`; None when it did not come to its end, or its last file is damaged."""
-    try: return PreparedCorpus(str(folder), **json.loads((folder / "done.json").read_text()))
+    """What `prepare` left in `folder`; None when it did not come to its end, or a file was cut since."""
+    try:
+        done = PreparedCorpus(str(folder), **json.loads((folder / "done.json").read_text()))
+        found = [(folder / f"{split}.bin").stat().st_size for split in ("train", "validation")]
     except (FileNotFoundError, ValueError, TypeError): return None
+    size = np.dtype(done.dtype).itemsize
+    return done if found == [done.train_tokens * size, done.validation_tokens * size] else None
 
 # %% ../notebooks/09_data.ipynb #092aed7e
 class Sequences(torch.utils.data.Dataset):

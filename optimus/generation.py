@@ -20,6 +20,7 @@ __all__ = ['MAX_NEW_TOKENS', 'one_row', 'apply_temperature', 'keep_top_k', 'keep
 
 # %% ../notebooks/10_sampling.ipynb #4f6cfa2e
 import copy
+import inspect
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -369,8 +370,10 @@ class CompiledDecoder(nn.Module):
         weights = weights or own.dtype
         self.dtype = weights if own.is_cuda or weights.itemsize >= 4 else torch.float32
         self.model = inference_copy(model, weights, self.dtype)
-        mode = "reduce-overhead" if own.is_cuda else None
-        self.step = torch.compile(self.one_token, fullgraph=True, mode=mode)
+        how = dict(fullgraph=True, mode="reduce-overhead" if own.is_cuda else None)
+        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # else eight programs for all
+            how["isolate_recompiles"] = True
+        self.step = torch.compile(self.one_token, **how)
 
     def one_token(self, tokens: Tensor, pos: Tensor, S: int, layers: list[tuple[Tensor, ...]]) -> Tensor:
         x = self.model.embedding(tokens)  # (B, 1, C)

@@ -17,8 +17,8 @@ __all__ = ['ONE_PROCESS', 'FREE_TO_CHANGE', 'best_device', 'amp_dtype', 'autocas
            'accumulate_gradients', 'learning_rate_at', 'orthogonalize', 'whole_of', 'cut_like', 'Muon',
            'make_optimizer', 'RunState', 'out_of_memory', 'train_step', 'StopRequest', 'RunLog', 'evaluate',
            'choose_tokenizer', 'tokenize', 'set_aside_newer', 'check_same_run', 'run_folder', 'alone_in',
-           'choose_run_folder', 'TrainingResult', 'total_steps', 'speed_and_memory', 'sample_text', 'Loop',
-           'first_model', 'start_run', 'train']
+           'write_settings', 'choose_run_folder', 'TrainingResult', 'total_steps', 'speed_and_memory', 'sample_text',
+           'Loop', 'first_model', 'start_run', 'train']
 
 # %% ../notebooks/12_training.ipynb #018af6a2
 import contextlib
@@ -39,8 +39,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import (CheckpointError, latest_checkpoint, load_checkpoint, remove_leftovers,
-                                save_checkpoint, step_folders, step_of)
+from .checkpoint import (CheckpointError, explain, latest_checkpoint, load_checkpoint,
+                                remove_leftovers, save_checkpoint, step_folders, step_of)
 from .config import ModelConfig, TrainingConfig
 from .data import (PreparedCorpus, Sequences, Tokenizer, batches, load_corpus, load_tokenizer, prepare,
                           train_tokenizer)
@@ -358,9 +358,21 @@ class RunLog:
     def add(self, row: dict[str, Any]):
         self.rows.append(row)
         if not self.write: return
-        self.file.write(json.dumps(row) + "\n")
+        try: self.file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            why = explain(error, self.path.parent)
+            raise CheckpointError(f"could not write {self.path}: {why}") from error
         for name, value in row.items():
-            if name != "step": self.board.add_scalar(name, value, row["step"])
+            if name != "step": self.show("add_scalar", name, value, row["step"])
+
+    def show(self, what: str, *arguments):
+        """Tell TensorBoard; when its disk refuses, the run goes on without it."""
+        if self.board is None: return
+        try: getattr(self.board, what)(*arguments)
+        except Exception as error:  # of the thread that writes: not always an OSError
+            self.board = None
+            warnings.warn(f"TensorBoard shows no more of this run, its files cannot be written: {error}",
+                          stacklevel=2)
 
     @staticmethod
     def row(line: bytes) -> dict[str, Any] | None:
@@ -369,12 +381,12 @@ class RunLog:
         except ValueError: return None
         return row if isinstance(row, dict) and "step" in row else None
 
-    def add_text(self, name: str, text: str, step: int): self.board.add_text(name, text, step)
+    def add_text(self, name: str, text: str, step: int): self.show("add_text", name, text, step)
 
     def close(self):
         if not self.write: return
         self.file.close()
-        self.board.close()
+        self.show("close")
 
 # %% ../notebooks/12_training.ipynb #5cca2461
 @torch.no_grad()
@@ -483,6 +495,12 @@ def alone_in(folder: Path, spread: OneProcess, seconds: float = 10):
     spread.first(take)
     try: yield
     finally: lock.release()
+
+def write_settings(folder: Path, facts: dict[str, Any]):
+    """`settings.json`: what a run was told, for one that dies before its first checkpoint."""
+    half = folder / "settings.half"
+    half.write_text(json.dumps(facts, indent=1))
+    os.replace(half, folder / "settings.json")
 
 def choose_run_folder(config: TrainingConfig, resume: bool) -> Path:
     """`run_folder`, made and tried for writing."""
@@ -711,9 +729,12 @@ def train(model_config: ModelConfig, training_config: TrainingConfig, *, resume:
     precision = amp_dtype(config.amp, device)
     with (alone_in(folder, spread), torch.random.fork_rng(own), tensor_cores(precision, device),
           StopRequest() as stop):
+        if not resume:  # while this process waited for the folder, another may have trained in it
+            spread.first(lambda: run_folder(replace(config, run_name=folder.name), resume=False))
         if resume: spread.first(lambda: remove_leftovers(folder))  # a step cut off between its names is back
         saved = spread.first(newest)  # once more: until here another process may have written
         run = start_run(model_config, config, device, saved, facts, spread)
+        if not saved: spread.first(lambda: write_settings(folder, facts))
         limit = folder / "micro_batch_size"
         try: smaller = json.loads(limit.read_text())
         except (OSError, ValueError): smaller = {"asked": "nothing yet"}

@@ -224,7 +224,12 @@ def find_model(path_or_name: str | Path) -> Path:
 def saved_config(path_or_name: str | Path) -> ModelConfig:
     """The configuration of a saved or shipped model; ValueError names what is wrong with it."""
     path = find_model(path_or_name) / "config.json"
-    try: return ModelConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    try: fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error: raise ValueError(f"{path} is no ModelConfig: {error}") from None
+    if isinstance(fields, dict) and "model_type" in fields:
+        raise ValueError(f"{path.parent} holds a model of transformers; "
+                         f"optimus.from_transformers({str(path.parent)!r}) opens it")
+    try: return ModelConfig.from_dict(fields)
     except ValueError as error: raise ValueError(f"{path} is no ModelConfig: {error}") from None
 
 # %% ../notebooks/08_transformer.ipynb #46acee79

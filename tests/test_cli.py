@@ -222,6 +222,8 @@ def test_every_field_is_a_flag(workplace):
     (["generate", "--temprature", "0.5"],
      "unknown option --temprature (did you mean --temperature?); see optimus generate --help"),
     (["generate", "--prompt", "x"], "unknown option --prompt; see"),
+    (["generate", "--", "- a list", "--max-new-tokens", "3"],
+     "--max-new-tokens stands after --, where every word is text; put it before"),
     (["train", "--batch_size=3"], "unknown option --batch_size (did you mean --training.batch-size?); see"),
     (["train", "--training.foo", "3"], "unknown option --training.foo; see"),
     (["bench", "--device", "gpu"], "optimus: invalid choice 'gpu'"),
@@ -345,6 +347,24 @@ def test_a_run_without_a_checkpoint_starts_again_and_says_so(workplace):
                      "--training.checkpoint-dir", "begun")
     assert done.stdout.startswith("begun/run-001 has no checkpoint yet: preset tiny (chosen because")
     assert done.returncode == 0 and Path("begun/run-001/step-00000001").is_dir()
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again_with_its_own_settings(two_runs, workplace):
+    shutil.copytree("two/run-002", "early/run-001")
+    for path in Path("early/run-001").glob("step-*"): shutil.rmtree(path)
+    done = workplace("train", "--resume", "--training.checkpoint-dir", "early")
+    assert done.returncode == 0, done.stderr
+    own = "has no checkpoint yet: its own settings, from step 0: MLA with 3 layers"
+    assert done.stdout.startswith(f"early/run-001 {own}")
+    histories = [Path(run, "history.jsonl").read_text() for run in ("early/run-001", "two/run-002")]
+    first, again = [[json.loads(line)["loss"] for line in text.splitlines()[:4]] for text in histories]
+    assert first == again and len(first) == 4
+
+
+def test_a_name_that_no_run_has_is_not_resumed(two_runs):
+    done = two_runs("--training.run-name", "run-0002")
+    assert done.returncode == 1 and "there is no run two/run-0002 to resume" in done.stderr, done.stdout
+    assert not Path("two/run-0002").exists()
 
 
 def test_a_run_that_starts_from_another_takes_its_sizes_and_tokenizer(two_runs, workplace):

@@ -27,10 +27,10 @@ BAD_MODEL = {
     "checkpointing": NOT_TRUTH,
     "tie_embeddings": NOT_TRUTH,
     "compression_ratio": [0, -0.5, 1.01, math.nan, math.inf, "a", True, None],
-    "mlp_ratio": [0, -4, math.nan, math.inf, "a", True, None],
+    "mlp_ratio": [0, -4, 1001, 1e308, math.nan, math.inf, "a", True, None],
     "dropout": [1, -0.1, 1.5, math.nan, "a", False, None],
     "attention": ["mha", "MLA", "", None, 3, ["mla"]],
-    "rope_theta": [0, -1.0, math.nan, math.inf, "a", None],
+    "rope_theta": [0, -1.0, 1e-320, math.nan, math.inf, "a", None],
     "norm_eps": [0, -1e-6, 1, math.nan, "a", None],
     "intermediate_size": [0, -1, 1.5, True, "a", math.nan],
 }

@@ -291,6 +291,43 @@ def test_prepared_once_then_only_read(corpus, tokenizer, monkeypatch):
     assert prepare(corpus, tokenizer) == first
 
 
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("fault", ["cut", "gone"])
+def test_prepared_tokens_that_were_cut_are_prepared_again(corpus, tokenizer, split, fault):
+    first = prepare(corpus, tokenizer)
+    path = Path(first.folder) / f"{split}.bin"
+    whole = path.read_bytes()
+    path.unlink() if fault == "gone" else path.write_bytes(whole[:-2])
+    assert prepare(corpus, tokenizer) == first and path.read_bytes() == whole
+
+
+def test_a_full_disk_is_named_with_the_folder(corpus, tokenizer, monkeypatch):
+    def refuse(*arguments): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(data, "write_tokens", refuse)
+    with pytest.raises(OSError, match=r"No space left on device: '.*tokens/\w+\.half'"):
+        prepare(corpus, tokenizer)
+
+
+@pytest.mark.parametrize("left", ["", "{", None])
+def test_a_damaged_tokenizer_in_the_cache_is_made_again(tmp_path, monkeypatch, tokenizer, left):
+    monkeypatch.setenv("OPTIMUS_CACHE", str(tmp_path))
+    monkeypatch.setattr(data, "train_tokenizer", lambda texts, size: tokenizer)
+    path = tmp_path / "tokenizers" / "sotu-4096" / "tokenizer.json"
+    path.parent.mkdir(parents=True)
+    if left is not None: path.write_text(left)
+    assert load_tokenizer("sotu").backend.to_str() == tokenizer.backend.to_str()
+    monkeypatch.setattr(data, "train_tokenizer", None)
+    assert len(load_tokenizer("sotu")) == len(tokenizer)
+
+
+def test_a_tokenizer_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch, tokenizer):
+    calls, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: calls.append("fsync") or fsync(handle))
+    monkeypatch.setattr(os, "replace", lambda *names: calls.append("replace") or replace(*names))
+    data.save_tokenizer(tokenizer, tmp_path)
+    assert calls == ["fsync", "replace"]
+
+
 def test_an_edited_corpus_another_tokenizer_or_another_split_is_prepared_anew(corpus, tokenizer):
     first = prepare(corpus, tokenizer)
     edited = datasets.Dataset.from_dict({"text": ["new", *corpus["text"][1:]]})

@@ -4,6 +4,7 @@ Most tests compile with a backend that only records the graph; `fullgraph=True` 
 """
 import copy
 import functools
+import inspect
 
 import pytest
 import torch
@@ -212,3 +213,12 @@ def test_really_compiled_it_is_the_same():
     cache = decoder.new_cache(1, 9)
     steps = torch.cat([decoder(t, cache) for t in tokens.split(1, 1)], 1)
     with torch.no_grad(): torch.testing.assert_close(steps, decoder(tokens), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif("isolate_recompiles" not in inspect.signature(torch.compile).parameters,
+                    reason="this torch counts the programs of all decoders together")
+def test_many_decoders_live_in_one_process(graphs):
+    for width in range(20, 260, 20):  # twelve models; torch allows eight programs of one function
+        model = make(embedding_dim=width)
+        decoder = CompiledDecoder(model)
+        assert generate(decoder, [3, 5], 3, temperature=0) == generate(model, [3, 5], 3, temperature=0)

@@ -53,6 +53,8 @@ def test_there_are_enough_of_them(capsys):
         assert sum(task.notebook == notebook for task in EXERCISES.values()) >= 3, notebook
     for name, task in EXERCISES.items():
         assert len(task.mutants) >= 5 and task.hints and task.statement and task.notebook in notebooks, name
+    told = f"{len(EXERCISES)} exercises, and the {len(MUTANTS)} wrong answers it must reject"
+    assert told in (NOTEBOOKS[0].parent.parent / "README.md").read_text(encoding="utf-8")
     with capsys.disabled(): print(f"\n{len(EXERCISES)} exercises, {len(MUTANTS)} mutants, 0 survive", end=" ")
 
 

@@ -443,6 +443,13 @@ def test_gpt2s_tokenizer_survives_under_both_kinds(tmp_path):
         assert theirs.eos_token_id == 50256 and len(theirs) == 50257
 
 
+def test_an_exported_folder_says_how_to_open_it(tmp_path, tokenizer):
+    checkpoint_of(tmp_path / "checkpoint", tokenizer)
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"holds a model of transformers; .*from_transformers\('.*out'\)"):
+        LanguageModel.from_pretrained(tmp_path / "out")
+
+
 def test_our_tokenizer_is_not_changed_by_the_export(tmp_path, tokenizer):
     before = tokenizer.encode("a<|endoftext|>b")
     checkpoint_of(tmp_path / "checkpoint", tokenizer)

@@ -635,6 +635,63 @@ def test_two_processes_do_not_train_in_one_folder(go, monkeypatch):
     assert losses(go("run", resume=True)) == losses(go("whole"))
 
 
+def test_a_second_process_does_not_write_over_what_the_first_trained_meanwhile(go, monkeypatch, tmp_path):
+    alone_in, trees = training.alone_in, []
+    folder = tmp_path / "checkpoints" / "run"
+    def tree(): return {p: p.read_bytes() for p in folder.rglob("[!.]*") if p.is_file()}
+
+    def waits(*arguments):
+        monkeypatch.setattr(training, "alone_in", alone_in)
+        go("run", stop=3, seed=5)  # the other process, which has the folder first
+        trees.append(tree())
+        return alone_in(*arguments)
+
+    monkeypatch.setattr(training, "alone_in", waits)
+    with pytest.raises(ValueError, match="run already holds a run; resume it"): go("run", seed=6)
+    assert [tree()] == trees
+
+
+def test_a_run_without_a_checkpoint_has_left_its_settings(go, tmp_path):
+    def dies(row): raise SystemExit("killed")
+    with pytest.raises(SystemExit): go("run", on_step=dies)
+    folder = tmp_path / "checkpoints" / "run"
+    assert not list(folder.glob("step-*"))
+    state = json.loads((go("whole").checkpoint / "trainer_state.json").read_text())
+    state["training_config"]["run_name"] = "run"
+    told = json.loads((folder / "settings.json").read_text())
+    assert told == {name: state[name] for name in ("model_config", "training_config", "corpus")}
+    assert losses(go("run", resume=True)) == losses(go("whole", resume=True))
+
+
+@pytest.mark.parametrize("what", ["add_scalar", "add_text", "close"])
+def test_a_tensorboard_that_cannot_write_does_not_end_the_run(go, monkeypatch, what):
+    from torch.utils.tensorboard import SummaryWriter
+    def refuse(self, *arguments): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(SummaryWriter, what, refuse)
+    with pytest.warns(UserWarning, match="TensorBoard shows no more of this run.*No space left") as told:
+        result = go("run", sample_interval=5)
+    assert len([w for w in told if "TensorBoard" in str(w.message)]) == 1
+    monkeypatch.undo()
+    assert [json.loads(line)["step"] for line in open(result.checkpoint.parent / "history.jsonl")] == [
+        row["step"] for row in result.history]
+    assert result.history[-1]["step"] == result.history[0]["step"] + len(result.history) - 1 > 5
+
+
+def test_a_history_that_cannot_be_written_names_the_file(go, monkeypatch):
+    class Full:
+        def write(self, text): raise OSError(28, "No space left on device")
+        def close(self): pass
+    begin = training.RunLog.__init__
+
+    def on_a_full_disk(self, *arguments):
+        begin(self, *arguments)
+        self.file = Full()
+
+    monkeypatch.setattr(training.RunLog, "__init__", on_a_full_disk)
+    words = "could not write .*run/history.jsonl: No space left.*bytes free"
+    with pytest.raises(CheckpointError, match=words): go("run")
+
+
 def test_resume_takes_the_highest_number_or_a_named_run_that_took_a_step_later(go):
     go(None, stop=2)
     assert go("mine", stop=2).checkpoint.parent.name == "mine"
