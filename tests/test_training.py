@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -482,6 +483,11 @@ def test_the_best_and_the_last_checkpoints_stay(go, monkeypatch):
     assert [int(p.name[5:]) for p in step_folders(folder)] == [14, 35, 40]
 
 
+def next_second():
+    """Wait for it: TensorBoard's files sort by second, then by a counter as text, so that .10 precedes .9."""
+    time.sleep(1.01 - time.time() % 1)
+
+
 def test_tensorboard_shows_one_curve_after_a_resume(go, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -490,6 +496,7 @@ def test_tensorboard_shows_one_curve_after_a_resume(go, tmp_path):
     for folder in step_folders(place)[2:]: shutil.rmtree(folder)  # as if it had been killed after step 20
     resumed_at = int(step_folders(place)[-1].name[5:])
     assert resumed_at < 25
+    next_second()
     result = go("run", resume=True)
     events = EventAccumulator(str(tmp_path / "runs" / "run"))
     events.Reload()
@@ -772,7 +779,9 @@ def test_what_did_not_fit_counts_for_the_setting_it_was_tried_with(
 def test_two_runs_in_one_tensorboard_folder_show_one_curve(go, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for place in ("x", "y"): go("run", stop=4, checkpoint_dir=str(tmp_path / place))
+    for place in ("x", "y"):
+        next_second()
+        go("run", stop=4, checkpoint_dir=str(tmp_path / place))
     events = EventAccumulator(str(tmp_path / "runs" / "run"))
     events.Reload()
     assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4]
