@@ -18,7 +18,7 @@ import tyro
 
 import optimus
 from optimus import ModelConfig, TrainingConfig
-from optimus.checkpoint import CheckpointError, latest_checkpoint, step_folders
+from optimus.checkpoint import CheckpointError, latest_checkpoint, step_folders, step_of
 from optimus.config import PRESETS
 from optimus.data import cache_folder, shipped_models
 from optimus.generation import check_settings
@@ -253,7 +253,7 @@ def train(command: Train) -> int:
     say = say_above_the_bar if spread.rank == 0 else lambda text: None
     result = optimus.train(model, config, resume=resume, say=say, spread=spread, progress=spread.rank == 0)
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
-    last = {"step": int(result.checkpoint.name[5:])} | (result.history or [{}])[-1]
+    last = {"step": step_of(result.checkpoint)} | (result.history or [{}])[-1]
     if result.stopped_by:
         where = {"--training.checkpoint-dir": config.checkpoint_dir != CHECKPOINTS and config.checkpoint_dir,
                  "--training.run-name": config.run_name}  # without a name: the newest run

@@ -591,7 +591,7 @@ class Loop:
                     self.stopped_by = number or None
                     break
                 self.ready = time.perf_counter()
-            if self.checkpoint is None or int(self.checkpoint.name[5:]) != run.step: self.save()
+            if self.checkpoint is None or step_of(self.checkpoint) != run.step: self.save()
         finally:
             bar.close()
             self.log.close()
