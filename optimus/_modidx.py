@@ -525,6 +525,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'optimus.rope.apply_rope': ('rope.html#apply_rope', 'optimus/rope.py'),
                               'optimus.rope.permute_rope': ('rope.html#permute_rope', 'optimus/rope.py'),
                               'optimus.rope.rope_angles': ('rope.html#rope_angles', 'optimus/rope.py')},
+            'optimus.timing': { 'optimus.timing.about': ('timing.html#about', 'optimus/timing.py'),
+                                'optimus.timing.best_time': ('timing.html#best_time', 'optimus/timing.py')},
             'optimus.training': { 'optimus.training.Loop': ('training.html#loop', 'optimus/training.py'),
                                   'optimus.training.Loop.go': ('training.html#loop.go', 'optimus/training.py'),
                                   'optimus.training.Loop.one_step': ('training.html#loop.one_step', 'optimus/training.py'),

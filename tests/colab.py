@@ -31,7 +31,7 @@ def repository(project: Path) -> str | None:
 
 
 def write_badges(notebooks: Path, address: str) -> None:
-    for path in sorted(notebooks.glob("[0-9][0-9]_*.ipynb")):
+    for path in sorted(notebooks.glob("[0-9][0-9]*_*.ipynb")):
         nb = nbformat.read(path, as_version=nbformat.NO_CONVERT)
         nb.cells = [c for c in nb.cells if not c.id.startswith("colab-")]
         badge = nbformat.v4.new_markdown_cell(BADGE.format(address=address, name=path.name), id="colab-badge")

@@ -1,4 +1,53 @@
-"""One thread a process: the tensors of these tests are small, and processes that share cores only wait."""
+"""How every test starts: one thread a process, notebooks slow, and in notebooks a clock that runs wrong.
+
+Tests run side by side (see `addopts` in pyproject.toml); small tensors on shared cores only wait for each other
+with more than one thread. The kernels of notebooks get a clock that is five times as fast as the real one, as if
+the machine were five times as slow: nothing that a notebook prints may show it. `--shuffle SEED` runs the tests
+of every file in another order.
+"""
 import os
+import random
+import tempfile
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when imported, here and in child processes
+
+CLOCK = """import os, time, timeit
+scale, real = float(os.environ.get("OPTIMUS_CLOCK", 1)), time.perf_counter
+time.perf_counter = timeit.default_timer = lambda: scale * real()
+"""
+
+
+def pytest_addoption(parser):
+    parser.addoption("--shuffle", metavar="SEED", help="run the tests of every file in an order drawn from SEED")
+
+
+def pytest_configure(config):
+    config.kernels = tempfile.TemporaryDirectory()  # IPython runs what lies in `startup` first
+    startup = Path(config.kernels.name) / "profile_default" / "startup"
+    startup.mkdir(parents=True)
+    (startup / "00-clock.py").write_text(CLOCK)
+    os.environ["IPYTHONDIR"] = config.kernels.name
+    os.environ.setdefault("OPTIMUS_CLOCK", "5")
+
+
+def pytest_unconfigure(config): config.kernels.cleanup()
+
+
+def is_cell(item) -> bool: return item.path.suffix == ".ipynb"
+
+
+def pytest_itemcollected(item):
+    if is_cell(item): item.add_marker("slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.option.shuffle: return
+    order = random.Random(config.option.shuffle)
+    files = {}
+    for item in items: files.setdefault(item.path, []).append(item)
+    for tests in files.values():
+        if not is_cell(tests[0]): order.shuffle(tests)
+    files = list(files.values())
+    order.shuffle(files)
+    items[:] = [item for tests in files for item in tests]
