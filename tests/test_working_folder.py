@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import nbformat
 import pytest
 
-NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("[0-9][0-9]*_*.ipynb"))
 OPENS = {"open", "Path", "use", "read_text", "read_bytes", "imread", "load", "from_pretrained"}
 ENDINGS = (".mplstyle", ".txt", ".json", ".jsonl", ".png", ".csv", ".py")
 
