@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 # %% ../notebooks/00b_timing.ipynb #c7616c0d
 def best_time(fn: Callable, *args, budget: float = 0.25) -> float:
-    """Seconds of the fastest of the calls `fn(*args)` that fit into `budget` seconds; at least three are timed.
+    """Seconds of the fastest of the calls `fn(*args)` that fit into `budget` seconds, of at least three.
 
     One more call comes first and is not timed.
     """
@@ -26,9 +26,10 @@ def best_time(fn: Callable, *args, budget: float = 0.25) -> float:
 
 # %% ../notebooks/00b_timing.ipynb #a0623092
 def about(value: float, unit: str = "") -> str:
-    """A measured figure as text: "≈ 12.4 ms" for (0.0124, "s"), "≈ 4.51" for a ratio, "≈ 5.30 %" for (0.053, "%").
+    """A measured figure as text: "≈ 12.4 ms" for (0.0124, "s"), "≈ 4.51" for a ratio, "≈ 5.30 %" of 0.053.
 
-    Seconds, bytes and operations ("s", "B", "B/s", "FLOP/s") get a prefix; other units stay as they are.
+    Seconds, bytes and operations ("s", "B", "B/s", "FLOP/s") get a prefix, "%" takes a fraction,
+    other units stay as they are.
     """
     if unit == "%": value *= 100
     elif unit in ("s", "B", "B/s", "FLOP/s"):

@@ -98,7 +98,9 @@ class ChunkedLoss(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden, dtype=wide) if for_hidden else None
         d_weight = torch.zeros_like(weight, dtype=wide) if for_weight else None
         matrix, V = weight.to(dtype), len(weight)
-        buffer = matrix.new_empty(min(rows, len(hidden)), -(-V // 64) * 64)[:, :V]
+        padded = matrix.new_empty(min(rows, len(hidden)), -(-V // 64) * 64)
+        padded[:, V:] = 0  # oneDNN multiplies one column past an odd V by zero, and NaN times 0 is NaN
+        buffer = padded[:, :V]
         total = matrix.new_zeros((), dtype=wide)
         for i in range(0, len(hidden), rows):
             h, target = hidden[i:i + rows].to(dtype), targets[i:i + rows, None]

@@ -44,7 +44,8 @@ def test_outputs_are_kept_and_hold_no_error(path):
         if "nbval-skip" not in c["metadata"].get("tags", []): assert c["execution_count"], source(c)
 
 
-PARTS = ["**Question.**", "**You will build**", "**You need**", "## Implement", "## Verify", "## What we exported"]
+PARTS = ["**Question.**", "**You will build**", "**You need**", "## Implement", "## Verify",
+         "## What we exported"]
 CHAPTER = [*PARTS, "## Derive", "## Picture", "## Measure", "## Break it", "## Your turn", "## What is next",
            "<details>"]
 
@@ -140,9 +141,10 @@ def shown(nb) -> dict[str, list]:
     """Cell id -> its text outputs as nbval compares them, for the cells whose outputs it compares."""
     found = {}
     for cell in nb.cells:
-        if cell.cell_type != "code" or {"nbval-ignore-output", "nbval-skip"} & set(cell.metadata.get("tags", [])):
-            continue
-        texts = [(o.output_type, o.get("name"), o.get("text") or o.get("data", {}).get("text/plain")) for o in cell.outputs]
+        tags = set(cell.metadata.get("tags", []))
+        if cell.cell_type != "code" or tags & {"nbval-ignore-output", "nbval-skip"}: continue
+        texts = [(o.output_type, o.get("name"), o.get("text") or o.get("data", {}).get("text/plain"))
+                 for o in cell.outputs]
         for regex, replacement in rules():
             texts = [(kind, name, re.sub(regex, replacement, text or "")) for kind, name, text in texts]
         found[cell.id] = texts
@@ -163,13 +165,15 @@ def test_what_it_shows_does_not_depend_on_the_speed_of_the_machine(path, monkeyp
 
 
 def test_an_output_that_depends_on_the_speed_is_seen(monkeypatch):
-    sources = ["import time, timeit; from optimus.timing import about", "start = time.perf_counter(); time.sleep(0.2)",
-               "took = time.perf_counter() - start; about(took, 's')", "took > 0.4",
+    sources = ["import time, timeit; from optimus.timing import about",
+               "start = time.perf_counter(); time.sleep(0.2)", "took = time.perf_counter() - start; about(took, 's')",
+               "took > 0.6",
                "timeit.default_timer() > 1.5 * time.monotonic()"]
     seen = []
     for scale in ("1", "5"):
         monkeypatch.setenv("OPTIMUS_CLOCK", scale)
-        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s, id=f"cell{i}") for i, s in enumerate(sources)])
+        cells = [nbformat.v4.new_code_cell(s, id=f"cell{i}") for i, s in enumerate(sources)]
+        nb = nbformat.v4.new_notebook(cells=cells)
         execute(nb)
         seen.append(shown(nb))
     assert [i for i in seen[0] if seen[0][i] != seen[1][i]] == ["cell3", "cell4"]

@@ -381,6 +381,23 @@ def test_without_gradients_none_are_made():
     assert flops.get_total_flops() == 3 * 2 * 5 * 7 * V  # no logit is computed twice
 
 
+@pytest.fixture
+def nan_in_fresh_memory():
+    """Every tensor that PyTorch leaves uninitialized is full of NaN, as memory of others may be."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_loss_reads_no_uninitialized_memory(nan_in_fresh_memory, dtype):
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(n, 60, dtype=dtype, requires_grad=True) for n in (613, 61))
+    loss = lm_loss(hidden, weight, torch.randint(0, 61, (613,)))  # 61 ids in rows of 64
+    for gradient in torch.autograd.grad(loss, (hidden, weight)): assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_loss_in_low_precision_is_summed_in_float32(dtype):
     torch.manual_seed(0)
