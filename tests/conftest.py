@@ -1,9 +1,9 @@
 """How every test starts: one thread a process, notebooks slow, and in notebooks a clock that runs wrong.
 
-Tests run side by side (see `addopts` in pyproject.toml), and with more than one thread small tensors on shared
-cores only wait for each other. The kernels of notebooks get a clock that runs five times as fast as the real one,
-as if the machine were five times as slow: nothing that a notebook prints may show it. `--shuffle SEED` runs the
-files, and the tests of each, in another order.
+Tests run side by side (see `addopts` in pyproject.toml), and with more than one thread small tensors on
+shared cores only wait for each other. The kernels of notebooks get a clock that runs five times as fast as
+the real one, as if the machine were five times as slow: nothing that a notebook prints may show it.
+`--shuffle SEED` runs the files, and the tests of each, in another order.
 """
 import os
 import random

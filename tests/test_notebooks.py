@@ -153,8 +153,8 @@ def shown(nb) -> dict[str, list]:
 
 @pytest.mark.slow
 @each
-def test_what_it_shows_does_not_depend_on_the_speed_of_the_machine(path, monkeypatch):
-    """nbval runs it with a clock five times as fast (see conftest.py); here the clock runs at three tenths."""
+def test_what_it_shows_does_not_depend_on_the_speed(path, monkeypatch):
+    """nbval runs it with a clock five times as fast (see conftest.py), this test at three tenths."""
     monkeypatch.setenv("OPTIMUS_CLOCK", "0.3")
     nb = nbformat.read(path, as_version=4)
     committed = shown(nb)
@@ -166,7 +166,8 @@ def test_what_it_shows_does_not_depend_on_the_speed_of_the_machine(path, monkeyp
 
 def test_an_output_that_depends_on_the_speed_is_seen(monkeypatch):
     sources = ["import time, timeit; from optimus.timing import about",
-               "start = time.perf_counter(); time.sleep(0.2)", "took = time.perf_counter() - start; about(took, 's')",
+               "start = time.perf_counter(); time.sleep(0.2)",
+               "took = time.perf_counter() - start; about(took, 's')",
                "took > 0.6",
                "timeit.default_timer() > 1.5 * time.monotonic()"]
     seen = []
