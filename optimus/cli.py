@@ -23,7 +23,7 @@ from optimus.config import PRESETS
 from optimus.data import cache_folder, shipped_models
 from optimus.generation import check_settings
 from optimus.training import best_device, out_of_memory, run_folder
-from optimus.transformer import saved_config
+from optimus.transformer import saved_config, widened_on_cpu
 
 CHECKPOINTS = TrainingConfig.checkpoint_dir
 NAMES = ("train", "generate", "export", "bench", "info")
@@ -303,7 +303,7 @@ def find_checkpoint(path_or_name: str | None) -> Path:
 def open_checkpoint(path_or_name: str | None):
     """(model, tokenizer) of what `find_checkpoint` finds."""
     folder = find_checkpoint(path_or_name)
-    model = optimus.LanguageModel.from_pretrained(folder).to(best_device()).eval()
+    model = widened_on_cpu(optimus.LanguageModel.from_pretrained(folder).to(best_device())).eval()
     print(f"({folder}, {model.num_parameters():,} parameters)", file=sys.stderr)
     return model, optimus.load_tokenizer(folder)
 

@@ -1,7 +1,11 @@
 """What must stay true of optimus.transformer. Derived in notebooks/08_transformer.ipynb."""
+import contextlib
 import json
 import math
+import os
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -656,6 +660,176 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
+# Folders that come from elsewhere
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
+
+
+def in_shards(folder, parts=3):
+    """A model saved in `folder` as shards and an index, as transformers writes them."""
+    from safetensors.torch import load_file, save_file
+
+    model = make_model()
+    model.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = [f"model-{i + 1:05}-of-{parts:05}.safetensors" for i in range(parts)]
+    where = {name: files[i % parts] for i, name in enumerate(sorted(weights))}
+    for file in files: save_file({n: x for n, x in weights.items() if where[n] == file}, folder / file)
+    write_index(folder, where)
+    return model, where
+
+
+def write_index(folder, weight_map):
+    text = json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+def refused(folder, *words):
+    with pytest.raises(ValueError) as error: LanguageModel.from_pretrained(folder)
+    message = str(error.value)
+    assert "\n" not in message and str(folder) in message
+    for word in words: assert word in message, message
+
+
+def test_shards_are_read_as_one_file(tmp_path):
+    model, _ = in_shards(tmp_path)
+    again, tokens = LanguageModel.from_pretrained(tmp_path), draw_tokens()
+    with torch.no_grad(): assert torch.equal(again(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/tmp/model.safetensors", "a/model.safetensors",
+                                  "..\\model.safetensors", "C:model.safetensors", "model.bin", "..", "", 3])
+def test_an_index_may_name_only_files_of_its_folder(tmp_path, name):
+    folder = tmp_path / "model"
+    _, where = in_shards(folder)
+    random_file = tmp_path / "model.safetensors"
+    random_file.write_bytes((folder / where["norm.weight"]).read_bytes())
+    write_index(folder, where | {"norm.weight": name})
+    if isinstance(name, int): refused(folder, "model.safetensors.index.json")
+    else: refused(folder, "model.safetensors.index.json", repr(name), "of its folder")
+
+
+def test_shards_that_are_missing_or_do_not_fit_are_named(tmp_path):
+    _, where = in_shards(tmp_path)
+    last = sorted(set(where.values()))[-1]
+    data = (tmp_path / last).read_bytes()
+    (tmp_path / last).write_bytes(LFS)
+    refused(tmp_path, last, "Git LFS pointer", "git lfs pull")
+    (tmp_path / last).write_bytes(data[:-7])
+    refused(tmp_path, last, "cut off")
+    (tmp_path / last).unlink()
+    refused(tmp_path, "incomplete", f"lacks {last}", "3 files")
+    first = sorted(set(where.values()))[0]
+    (tmp_path / last).write_bytes((tmp_path / first).read_bytes())
+    refused(tmp_path, last, "another file")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": ["b"]}}',
+                                  "\xff"])
+def test_an_index_that_is_none_is_one_sentence(tmp_path, text):
+    in_shards(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(text, encoding="latin-1")
+    refused(tmp_path, "model.safetensors.index.json", "weight_map")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
+def test_a_pickle_is_named_and_never_opened(tmp_path, name):
+    make_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    command = f"open({str(tmp_path / 'ran')!r}, 'w')"
+    (tmp_path / name).write_bytes(b"cbuiltins\neval\n(V" + command.encode() + b"\ntR.")
+    refused(tmp_path, name, "pickle", "model.safetensors", "save_pretrained")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_git_lfs_pointer_is_recognised(tmp_path, name):
+    make_model().save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(LFS)
+    refused(tmp_path, name, "Git LFS pointer", "git lfs pull")
+
+
+@pytest.mark.parametrize("kept", [3, 8, 100, 2000, -1])
+def test_weights_that_were_cut_off_are_refused(tmp_path, kept):
+    make_model().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    refused(tmp_path, "model.safetensors", "cannot be read", "cut off")
+
+
+def test_numbers_that_are_no_floats_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    make_model().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["norm.weight"] = weights["norm.weight"].to(torch.int8)
+    save_file(weights, tmp_path / "model.safetensors")
+    refused(tmp_path, "norm.weight", "torch.int8")
+
+
+# The dtype
+
+def saved_as(folder, matrices, gains):
+    from safetensors.torch import load_file, save_file
+
+    make_model().save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: x.to(matrices if x.ndim > 1 else gains) for name, x in weights.items()},
+              folder / "model.safetensors")
+    return folder
+
+
+def dtypes_of(model): return {x.dtype for x in model.parameters()}
+
+
+@pytest.mark.parametrize("matrices, gains, opened", [
+    (torch.bfloat16, torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32, torch.float32), (torch.bfloat16, torch.float16, torch.float32),
+    (torch.float32, torch.bfloat16, torch.float32), (torch.float64, torch.float64, torch.float64)])
+def test_one_dtype_is_kept_and_of_two_the_widest_is_taken(tmp_path, matrices, gains, opened):
+    folder = saved_as(tmp_path, matrices, gains)
+    assert dtypes_of(LanguageModel.from_pretrained(folder)) == {opened}
+    for dtype in (torch.float32, torch.bfloat16):
+        assert dtypes_of(LanguageModel.from_pretrained(folder, dtype=dtype)) == {dtype}
+
+
+@pytest.mark.parametrize("dtype", ["float32", torch.int64, 32])
+def test_a_dtype_that_is_none_is_refused(tmp_path, dtype):
+    make_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="dtype must be a floating-point torch.dtype, or None, got"):
+        LanguageModel.from_pretrained(tmp_path, dtype=dtype)
+
+
+def test_the_place_of_a_folder_does_not_decide_its_dtype(tmp_path, monkeypatch):
+    from optimus.transformer import shipped_folder
+
+    shipped = sorted(shipped_folder().glob("*/config.json"))[0].parent
+    monkeypatch.chdir(tmp_path)
+    places = [shipped.name, shipped, Path(os.path.relpath(shipped)), shipped / ".." / shipped.name]
+    shutil.copytree(shipped, "copy")
+    places.append("copy")
+    with contextlib.suppress(OSError, NotImplementedError):  # Windows without the right to make links
+        Path("link").symlink_to(shipped, target_is_directory=True)
+        places.append("link")
+    for place in places: assert dtypes_of(LanguageModel.from_pretrained(place)) == {torch.float32}, place
+
+
+def test_a_program_that_reads_widens_16_bits_on_a_cpu(tmp_path, monkeypatch):
+    from optimus import cli
+    from optimus.transformer import widened_on_cpu
+
+    shipped = sorted(optimus.transformer.shipped_folder().glob("*/config.json"))[0].parent
+    folder = tmp_path / "narrow"
+    shutil.copytree(shipped, folder)
+    LanguageModel.from_pretrained(shipped, dtype=torch.bfloat16).save_pretrained(folder)
+    assert dtypes_of(LanguageModel.from_pretrained(folder)) == {torch.bfloat16}
+    monkeypatch.setattr(cli, "best_device", lambda: torch.device("cpu"))
+    assert dtypes_of(cli.open_checkpoint(str(folder))[0]) == {torch.float32}
+    double = make_model().double()
+    assert widened_on_cpu(double) is double and dtypes_of(double) == {torch.float64}
+
+
 def test_a_shipped_model_is_bfloat16_on_disk_and_float32_in_use():
     from safetensors.torch import load_file
 
@@ -670,3 +844,15 @@ def test_a_shipped_model_is_bfloat16_on_disk_and_float32_in_use():
         assert len(tokenizer) == model.config.vocab_size and (folder / "README.md").is_file()
         assert (folder / "model.safetensors").stat().st_size <= 20e6
     assert (shipped_folder() / "presidents" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [61, 101, 128])
+def test_what_lay_in_memory_before_is_in_no_gradient(monkeypatch, dtype, size):
+    empty = torch.Tensor.new_empty
+    def full_of_nan(*sizes, **more): return empty(*sizes, **more).fill_(math.nan)
+    monkeypatch.setattr(torch.Tensor, "new_empty", full_of_nan)
+    hidden, weight = torch.randn(300, 7, requires_grad=True), torch.randn(size, 7, requires_grad=True)
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        loss = lm_loss(hidden, weight, torch.randint(0, size, (300,)))
+    for x in (loss, *torch.autograd.grad(loss, (hidden, weight))): assert x.isfinite().all()
