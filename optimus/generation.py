@@ -14,9 +14,10 @@ tokens for the same seed, with a cache and without, if the tokenizer has a text 
 
 # %% auto #0
 __all__ = ['MAX_NEW_TOKENS', 'one_row', 'apply_temperature', 'keep_top_k', 'keep_top_p', 'keep_min_p', 'is_whole', 'is_number',
-           'check_settings', 'next_token_probabilities', 'evaluating', 'RowLinear', 'WideEmbedding', 'inference_copy',
-           'for_decoding', 'Context', 'Sampler', 'check_prompt', 'check_eos', 'generate', 'next_piece', 'text_pieces',
-           'encode_prompt', 'stream', 'drawn_until', 'FixedView', 'layer_stores', 'CompiledDecoder']
+           'check_settings', 'checked_settings', 'next_token_probabilities', 'evaluating', 'RowLinear', 'WideEmbedding',
+           'inference_copy', 'for_decoding', 'Context', 'Sampler', 'check_flat', 'check_prompt', 'check_eos',
+           'generate', 'next_piece', 'text_pieces', 'encode_prompt', 'stream', 'drawn_until', 'FixedView',
+           'layer_stores', 'CompiledDecoder']
 
 # %% ../notebooks/10_sampling.ipynb #4f6cfa2e
 import copy
@@ -30,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import Cache
+from .config import python_number
 from .transformer import LanguageModel, cache_for
 
 # %% ../notebooks/10_sampling.ipynb #30cf21bc
@@ -60,8 +62,8 @@ def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
 # %% ../notebooks/10_sampling.ipynb #11d95cf0
 MAX_NEW_TOKENS = 1_000_000
 
-def is_whole(value) -> bool: return isinstance(value, int) and not isinstance(value, bool)
-def is_number(value) -> bool: return isinstance(value, float) or is_whole(value)
+def is_whole(value) -> bool: return type(python_number(value)) is int
+def is_number(value) -> bool: return type(python_number(value)) in (int, float)
 
 def check_settings(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
                    min_p: float | None = None, max_new_tokens: int = 1, seed: int | None = None) -> None:
@@ -77,6 +79,11 @@ def check_settings(temperature: float = 1.0, top_k: int | None = None, top_p: fl
     need(is_whole(n) and 1 <= n <= most, "max_new_tokens", n, f"a whole number in [1, {most}]")
     need(s is None or is_whole(s) and 0 <= s < 2**63, "seed", s, "a whole number in [0, 2**63), or None")
 
+def checked_settings(**settings) -> dict:
+    """The settings as Python's own numbers, after `check_settings`."""
+    check_settings(**settings)
+    return {name: python_number(value) for name, value in settings.items()}
+
 # %% ../notebooks/10_sampling.ipynb #3792ac2e
 def next_token_probabilities(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
                              top_p: float | None = None, min_p: float | None = None) -> Tensor:
@@ -85,7 +92,8 @@ def next_token_probabilities(logits: Tensor, temperature: float = 1.0, top_k: in
     logits: (B, V), any float dtype  ->  (B, V), at least float32; rows sum to 1. Temperature 0 gives all to
     the likeliest, the first of equals. ValueError for settings out of range and logits with no distribution.
     """
-    check_settings(temperature, top_k, top_p, min_p)
+    settings = checked_settings(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    temperature, top_k, top_p, min_p = settings.values()
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     best, token = logits.max(-1, keepdim=True)  # (B, 1); NaN counts as largest
     if not best.isfinite().all():
@@ -219,8 +227,8 @@ class Sampler(Context):
     """One generation under way: `step` draws with `settings`, which may be changed between steps."""
     def __init__(self, model: nn.Module, tokens: Tensor, max_new_tokens: int, *, seed: int | None,
                  use_cache: bool, vocab_size: int | None = None, **settings):
-        super().__init__(model, tokens, max_new_tokens, use_cache, vocab_size)
-        self.settings = settings
+        super().__init__(model, tokens, python_number(max_new_tokens), use_cache, vocab_size)
+        self.settings, seed = settings, python_number(seed)
         self.random = torch.Generator(self.device)
         if seed is None: self.random.seed()
         else: self.random.manual_seed(seed)
@@ -230,13 +238,24 @@ class Sampler(Context):
         probabilities = next_token_probabilities(self.look(), **self.settings)
         return self.append(torch.multinomial(probabilities, 1, generator=self.random)[:, 0])
 
+# %% ../notebooks/10_sampling.ipynb #72e46303
+def check_flat(tokens: list) -> None:
+    """Raise ValueError, with their lengths, when there are rows in a list: a batch is a tensor."""
+    rows = [row for row in tokens if isinstance(row, (list, tuple)) or getattr(row, "ndim", 0)]
+    if not rows: return
+    lengths = ", ".join(str(len(row)) for row in rows[:8]) + ", ..." * (len(rows) > 8)
+    raise ValueError("a batch of prompts must be an int64 tensor of shape (B, T), all rows of one length; "
+                     f"here are {len(rows)} rows in a list, of lengths {lengths}, got {str(rows[0]):.50}")
+
 # %% ../notebooks/10_sampling.ipynb #b4393127
 def check_prompt(tokens: Tensor | list[int], vocab_size: int) -> Tensor:
     """The prompt as int64 (B, T). ValueError for another kind or shape, for none, or ids out of range."""
     if isinstance(tokens, list):
-        bad = [i for i in tokens if not is_whole(i) or not 0 <= i < vocab_size]
+        check_flat(tokens)
+        ids = [python_number(i) for i in tokens]
+        bad = [i for i in ids if not is_whole(i) or not 0 <= i < vocab_size]
         if bad: raise ValueError(f"token ids must be whole numbers in [0, {vocab_size}), got {bad[0]!r}")
-        tokens = torch.tensor([tokens], dtype=torch.int64)
+        tokens = torch.tensor([ids], dtype=torch.int64)
     if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64 or tokens.ndim != 2:
         got = f"{tokens.dtype} of shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else repr(tokens)
         raise ValueError(f"tokens must be an int64 tensor of shape (B, T) or a list of ids, got {got:.80}")
@@ -265,11 +284,11 @@ def generate(model: nn.Module, tokens: Tensor | list[int], max_new_tokens: int, 
     half (see `Context`), a prompt too. Runs in eval mode and restores the mode. ValueError for bad input.
     """
     V = model.config.vocab_size
-    settings = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    check_settings(**settings, max_new_tokens=max_new_tokens, seed=seed)
+    settings = checked_settings(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                                seed=seed, max_new_tokens=max_new_tokens)
     check_eos(eos_token_id, V)
     prompt = check_prompt(tokens, V)
-    sampler = Sampler(model, prompt, max_new_tokens, seed=seed, use_cache=use_cache, **settings)
+    sampler = Sampler(model, prompt, use_cache=use_cache, **settings)
     finished = torch.zeros(len(prompt), dtype=torch.bool, device=sampler.device)  # (B,)
     for _ in range(max_new_tokens):
         drawn = sampler.step()
@@ -319,14 +338,13 @@ def stream(model: nn.Module, tokenizer, prompt: str, *, max_new_tokens: int = 20
     ids that the tokenizer does not have are never drawn.
     `eos_token_id` is the tokenizer's unless given. Raises ValueError at the call.
     """
-    settings = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    check_settings(**settings, max_new_tokens=max_new_tokens, seed=seed)
+    settings = checked_settings(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                                seed=seed, max_new_tokens=max_new_tokens)
     eos = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
     check_eos(eos, model.config.vocab_size)
     tokens, size = encode_prompt(model, tokenizer, prompt, eos)
-    sampler = Sampler(model, tokens, max_new_tokens, seed=seed, use_cache=use_cache, vocab_size=size,
-                      **settings)
-    return text_pieces(tokenizer, drawn_until(sampler, eos, max_new_tokens))
+    sampler = Sampler(model, tokens, use_cache=use_cache, vocab_size=size, **settings)
+    return text_pieces(tokenizer, drawn_until(sampler, eos, settings["max_new_tokens"]))
 
 # %% ../notebooks/10_sampling.ipynb #9b77e37e
 def drawn_until(sampler: Sampler, eos_token_id: int | None, most: int) -> Iterator[int]:

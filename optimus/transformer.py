@@ -157,6 +157,8 @@ def check_tokens(tokens: Tensor, vocab_size: int, wait: bool = True) -> None:
 
     With `wait=False` ids that lie on a GPU are not read.
     """
+    if not isinstance(tokens, Tensor):
+        raise ValueError(f"tokens must be an int64 tensor of shape (B, T), got {str(tokens):.80}")
     if tokens.dtype != torch.int64 or tokens.ndim != 2 or tokens.numel() == 0:
         raise ValueError("tokens must be int64 of shape (B, T), B and T at least 1, "
                          f"got {tokens.dtype} of shape {tuple(tokens.shape)}")
@@ -390,6 +392,9 @@ class LanguageModel(Saved):
 # %% ../notebooks/08_transformer.ipynb #77488141
 def check_targets(targets: Tensor, tokens: Tensor, vocab_size: int, wait: bool = True) -> None:
     """Raise ValueError unless targets look like tokens and hold ids or -100; `wait` as in check_tokens."""
+    for name, x in (("tokens", tokens), ("targets", targets)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be an int64 tensor of shape (B, T), got {str(x):.80}")
     if targets.dtype != torch.int64 or targets.shape != tokens.shape:
         raise ValueError(f"targets must be int64 of the tokens' shape {tuple(tokens.shape)}, "
                          f"got {targets.dtype} of shape {tuple(targets.shape)}")

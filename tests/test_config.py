@@ -2,8 +2,11 @@
 import dataclasses
 import json
 import math
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -69,6 +72,38 @@ def test_a_bad_value_is_refused_by_name_with_the_value(cls, name, value):
     message = str(error.value)
     assert message.startswith(f"{name} must be ") and message.endswith(f"got {value!r}")
     assert "\n" not in message
+
+
+def kinds_of(config): return {type(value) for value in config.to_dict().values()}
+
+
+def test_numbers_of_numpy_are_numbers_and_become_pythons():
+    model = ModelConfig(vocab_size=np.uint16(61), embedding_dim=np.int8(60), num_attention_heads=np.int64(5),
+                        compression_ratio=np.float16(0.5), dropout=Fraction(1, 4), rope_theta=np.int32(37),
+                        norm_eps=np.float64(0.01), tie_embeddings=np.False_, intermediate_size=np.uint8(31),
+                        attention=np.str_("mla"), rope_seq_len=np.longlong(17))
+    same = ModelConfig(61, 60, num_attention_heads=5, dropout=0.25, rope_theta=37, norm_eps=0.01,
+                       tie_embeddings=False, intermediate_size=31, rope_seq_len=17)
+    assert model == same and kinds_of(model) <= {int, float, str, bool, type(None)}
+    training = TrainingConfig(seed=np.uint32(2**32 - 1), learning_rate=np.float64(0.25), compile=np.True_,
+                              max_steps=np.int16(3), micro_batch_size=np.int64(2),
+                              dataset_name=np.str_("sotu"))
+    assert kinds_of(training) <= {int, float, str, bool, type(None)}
+    for config in (model, training): assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+
+
+@pytest.mark.parametrize("cls, name, value", [
+    (ModelConfig, "num_layers", np.True_), (ModelConfig, "num_layers", np.float64(2)),
+    (ModelConfig, "num_layers", np.int64(0)), (ModelConfig, "dropout", np.float32(1)),
+    (ModelConfig, "dropout", np.float64("nan")), (ModelConfig, "dropout", np.False_),
+    (ModelConfig, "checkpointing", np.int64(1)), (ModelConfig, "attention", np.str_("MLA")),
+    (ModelConfig, "num_layers", torch.tensor(3)), (ModelConfig, "dropout", torch.tensor(0.5)),
+    (ModelConfig, "num_layers", np.array(3)), (ModelConfig, "num_layers", np.array([3])),
+    (TrainingConfig, "seed", np.int64(-1)), (TrainingConfig, "batch_size", Decimal(3)),
+    (TrainingConfig, "learning_rate", np.float16("inf")), (TrainingConfig, "learning_rate", 1j)])
+def test_what_numpy_has_beside_numbers_and_what_is_out_of_range_is_refused(cls, name, value):
+    with pytest.raises(ValueError) as error: cls(**{name: value})
+    assert str(error.value).startswith(f"{name} must be ") and str(error.value).endswith(f"got {value!r}")
 
 
 @pytest.mark.parametrize("name, allowed", [("dropout", "[0, 1)"), ("compression_ratio", "(0, 1]"),

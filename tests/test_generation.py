@@ -1,6 +1,7 @@
 """What must stay true of optimus.generation. Derived in notebooks/10_sampling.ipynb."""
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -176,6 +177,61 @@ def test_a_bad_setting_is_refused_with_its_range(name, value, tokenizer):
 ])
 def test_a_bad_prompt_says_what_is_wrong(tokens, words):
     with pytest.raises(ValueError, match=words): generate(make_model(), tokens, 3)
+
+
+@pytest.mark.parametrize("tokens, words", [
+    ([[1, 2, 3], [4]], "2 rows .*lengths 3, 1,"), ([[7] * 5, [7] * 4, [7] * 9], "3 rows .*lengths 5, 4, 9,"),
+    ([[], [1]], "lengths 0, 1,"), ([[]], "1 rows .*lengths 0,"), ([[[1]], [[2], [3]]], "lengths 1, 2,"),
+    ([(1, 2), 3], "1 rows .*lengths 2,"), ([1, [2, 3]], "1 rows .*lengths 2,"),
+    ([[1]] * 20, r"lengths (1, ){8}\.\.\."),
+    ([torch.tensor([1, 2]), torch.tensor([3])], "lengths 2, 1,"), ([np.arange(4)], "lengths 4,"),
+    ([1.5], "got 1.5"), ([np.float64(2)], "got 2.0"), ([np.True_], "got True"),
+    ([torch.tensor(3)], r"got tensor\(3\)"),
+    ((1, 2), r"got \(1, 2\)"), (np.array([[1, 2]]), "got array"), (3, "got 3")])
+def test_rows_in_a_list_are_refused_with_their_lengths(tokens, words):
+    with pytest.raises(ValueError, match=words) as error: generate(make_model(), tokens, 3)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 250
+
+
+@pytest.mark.parametrize("tokens", [[[1, 2], [3]], [1, 2], 3, None, "ab", np.array([[1, 2]])])
+def test_the_model_itself_wants_a_tensor(tokens):
+    model, fine = make_model(), torch.tensor([[1, 2]])
+    for call in (lambda: model(tokens), lambda: model.loss(tokens, fine), lambda: model.loss(fine, tokens)):
+        with pytest.raises(ValueError, match="(tokens|targets) must be an int64 tensor of shape"): call()
+
+
+KINDS_OF_NUMPY = [
+    dict(temperature=np.float32(0.5)), dict(temperature=np.int64(2)), dict(temperature=np.uint8(0)),
+    dict(top_k=np.int64(5)), dict(top_k=np.uint8(5)), dict(top_p=np.float64(0.75)),
+    dict(top_p=np.float16(0.75)), dict(min_p=np.float32(0.25)),
+    dict(top_k=np.int32(7), top_p=np.float32(0.5), min_p=np.int8(0))]
+
+
+@pytest.mark.parametrize("given_settings", KINDS_OF_NUMPY, ids=str)
+def test_numbers_of_numpy_are_settings(given_settings, tokenizer):
+    model = make_model(vocab_size=300)
+    plain = {name: value.item() for name, value in given_settings.items()}
+    ids, new = [np.int64(1), np.uint8(2)], np.int32(6)
+    ours = generate(model, ids, new, seed=np.uint64(3), eos_token_id=np.int64(7), **given_settings)
+    assert ours == generate(model, [1, 2], 6, seed=3, eos_token_id=7, **plain)
+    assert {type(i) for i in ours} == {int}
+    pieces = [list(stream(model, tokenizer, "a", max_new_tokens=n, seed=s, **some)) for n, s, some in (
+        (new, np.int64(3), given_settings), (6, 3, plain))]
+    assert pieces[0] == pieces[1]
+    logits = torch.randn(2, V)
+    assert torch.equal(*(next_token_probabilities(logits, **some) for some in (given_settings, plain)))
+
+
+@pytest.mark.parametrize("name, value", [
+    ("temperature", np.float32(-1)), ("temperature", np.True_), ("temperature", torch.tensor(1.0)),
+    ("top_k", np.float64(2)), ("top_k", np.True_), ("top_k", np.int64(0)), ("top_k", torch.tensor(3)),
+    ("top_p", np.float32("nan")), ("top_p", np.array(0.5)), ("min_p", np.float64(1.5)),
+    ("max_new_tokens", np.int64(-1)), ("max_new_tokens", torch.tensor(3)), ("seed", np.uint64(2**63)),
+    ("seed", np.float32(1)), ("eos_token_id", np.int64(V)), ("eos_token_id", np.True_)])
+def test_numbers_of_numpy_out_of_range_bools_and_tensors_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be ") as error:
+        generate(make_model(), [1, 2], **{"max_new_tokens": 3, name: value})
+    assert str(error.value).endswith(repr(value))
 
 
 def test_a_bad_id_in_the_part_that_is_cut_off_is_found_too():
