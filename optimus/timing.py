@@ -37,4 +37,4 @@ def about(value: float, unit: str = "") -> str:
         size, prefix = next(((s, p) for s, p in sizes.items() if abs(value) >= s), (1, ""))
         value, unit = value / size, prefix + unit
     decimals = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
-    return f"≈ {value:,.{min(decimals, 6)}f} {unit}".rstrip()
+    return f"≈ {value:{'.1e' if decimals > 6 else f',.{decimals}f'}} {unit}".rstrip()
