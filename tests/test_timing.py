@@ -37,7 +37,8 @@ def test_work_that_takes_no_time_on_a_coarse_clock_ends(clock):
 @pytest.mark.parametrize("value, unit, text", [
     (0.0124, "s", "≈ 12.4 ms"), (59.94, "s", "≈ 59.9 s"), (3e-6, "s", "≈ 3.00 µs"), (1234, "s", "≈ 1.23 ks"),
     (95.4e9, "FLOP/s", "≈ 95.4 GFLOP/s"), (4980.4, "tokens/s", "≈ 4,980 tokens/s"), (0.053, "%", "≈ 5.30 %"),
-    (2.0, "%", "≈ 200 %"), (0, "s", "≈ 0 s"), (4.513, "", "≈ 4.51"), (1e-13, "s", "≈ 1.0e-13 s"), (1.2e-8, "", "≈ 1.2e-08"),
+    (2.0, "%", "≈ 200 %"), (0, "s", "≈ 0 s"), (4.513, "", "≈ 4.51"),
+    (1e-13, "s", "≈ 1.0e-13 s"), (1.2e-8, "", "≈ 1.2e-08"),
     (1e15, "B/s", "≈ 1,000 TB/s")])
 def test_figures_have_three_digits_and_a_prefix(value, unit, text): assert about(value, unit) == text
 
