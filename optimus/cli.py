@@ -418,13 +418,14 @@ def bench(command: Bench) -> int:
 def export(command: Export) -> int:
     from transformers.utils import logging
 
-    from optimus.interop import export_checkpoint
+    from optimus.interop import export_checkpoint, measured_gap, read_json
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     folder = find_checkpoint(command.checkpoint)
     worst = export_checkpoint(folder, command.out)
+    dtype = read_json(Path(command.out) / "config.json").get("dtype", "")
     print(f"exported {folder} to {command.out}\n"
-          f"opened again with transformers: the logits differ by at most {worst:.1e}\n\nnext, in Python:\n"
+          f"opened again with transformers, {measured_gap(worst, dtype)}\n\nnext, in Python:\n"
           f"    from transformers import AutoModelForCausalLM, AutoTokenizer\n"
           f"    model = AutoModelForCausalLM.from_pretrained({command.out!r})\n"
           f"    tokenizer = AutoTokenizer.from_pretrained({command.out!r})")
