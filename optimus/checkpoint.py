@@ -89,7 +89,7 @@ def explain(error: Exception, folder: Path) -> str:
 
 # %% ../notebooks/11_checkpoints.ipynb #4ac6219d
 def write_whole(path: Path, text: str, writer: str = "") -> None:
-    """Replace a text file: at every instant it holds the old text or the new one. CheckpointError says why not.
+    """Replace a text file: at every instant it holds the old text or the new one. Raises CheckpointError.
 
     Programs that may write the same file at the same time each give a `writer` of their own.
     """
@@ -140,7 +140,8 @@ def save_train_state(state: dict[str, Any], path: Path) -> None:
     only = "train_state may hold tensors and plain Python types only"
     try:
         with open(path, "wb") as file: torch.save(state, file)  # given a path, it hides why a disk refuses
-    except (pickle.PicklingError, AttributeError) as error: raise _StateTypeError(f"{only}: {error}") from error
+    except (pickle.PicklingError, AttributeError) as error:
+        raise _StateTypeError(f"{only}: {error}") from error
     try: torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         what = re.search(r"GLOBAL (\S+)", str(error))
@@ -198,7 +199,7 @@ def save_checkpoint(run_folder: str | Path, model: LanguageModel, step: int, *,
 
 # %% ../notebooks/11_checkpoints.ipynb #321235af
 def update_trainer_state(folder: Path, trainer_state: dict[str, Any]) -> None:
-    """Replace a checkpoint's trainer_state.json, whole or not at all; its other files are linked, not copied."""
+    """Replace a checkpoint's trainer_state.json, whole or not at all; the other files are only linked."""
     half, name = folder.with_name(f".half-{folder.name}"), "trainer_state.json"
     try:
         shutil.rmtree(half, ignore_errors=True)
