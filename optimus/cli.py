@@ -4,6 +4,7 @@ import difflib
 import importlib
 import io
 import json
+import os
 import re
 import shlex
 import sys
@@ -18,11 +19,11 @@ import tyro
 
 import optimus
 from optimus import ModelConfig, TrainingConfig
-from optimus.checkpoint import CheckpointError, latest_checkpoint, step_folders, step_of
+from optimus.checkpoint import CheckpointError, json_text, latest_checkpoint, step_folders, step_of
 from optimus.config import PRESETS
 from optimus.data import cache_folder, shipped_models
 from optimus.generation import check_settings
-from optimus.training import best_device, out_of_memory, run_folder
+from optimus.training import best_device, device_is_here, out_of_memory, run_folder, why_device
 from optimus.transformer import saved_config, widened_on_cpu
 
 CHECKPOINTS = TrainingConfig.checkpoint_dir
@@ -67,7 +68,7 @@ class Bench:
 
     preset: Literal[tuple(PRESETS)] = "base"
     """Whose model is measured."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     quick: bool = False
     """Short contexts and few rounds."""
     json: Path | None = None
@@ -91,11 +92,41 @@ class Info:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return its exit code: 0, 1 for an error, 128 + n when signal n ended training."""
-    argv = sys.argv[1:] if argv is None else argv
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    open_closed_streams()
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows a question mark
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        return run(sys.argv[1:] if argv is None else argv)
+
+
+def open_closed_streams():
+    """Give a program that was started with closed streams (as by `>&-`) something to write to.
+
+    Otherwise the next file that is opened, a checkpoint perhaps, would take the number of standard error and
+    receive its messages.
+    """
+    if None not in (sys.stdin, sys.stdout, sys.stderr): return
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3: pass
+    os.close(number)
+    if sys.stdout is None: sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    if sys.stderr is None: sys.stderr = open(os.devnull, "w", encoding="utf-8")
+
+
+def check_words(argv: list[str]):
+    """ValueError for an argument whose bytes are not UTF-8: nothing could print it or write it down."""
+    for word in argv:
+        try: word.encode()
+        except UnicodeEncodeError:
+            shown = os.fsencode(word) if os.name != "nt" else word
+            raise ValueError(f"the argument {shown!r} is not UTF-8; "
+                             "rename the file, or type the text again") from None
+
+
+def run(argv: list[str]) -> int:
+    """`main` with its warnings and streams in place."""
     try:
+        check_words(argv)
         if argv == ["--version"]: return print(f"optimus {version('optimus')}") or 0
         command = parse(argv)
         if isinstance(command, Train): return train(command)
@@ -108,9 +139,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, CheckpointError, FloatingPointError, torch.OutOfMemoryError) as error:
         if not getattr(error, "told", False): print(f"optimus: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("\noptimus: interrupted", file=sys.stderr)
-        return 130
+        return 128 + getattr(error, "signal", 2)
     except RuntimeError as error:
         if not (cannot := impossible_here(error)): raise
         print(f"optimus: {cannot}", file=sys.stderr)
@@ -187,21 +218,43 @@ def options(cls: type, prefix: str = "--") -> dict[str, str]:
     return found
 
 
+@dataclass
+class Place:
+    """The fields of TrainingConfig that say where other settings come from."""
+    checkpoint_dir: str = CHECKPOINTS
+    run_name: str | None = None
+    start_from: str | None = None
+
+
+@dataclass
+class Source:
+    """The flags of `train` that decide where the defaults of the others come from."""
+    preset: Literal[("auto", *PRESETS)] = "auto"
+    resume: bool = False
+    training: Place = field(default_factory=Place)
+
+
+def settings_source(argv: list[str]) -> Source:
+    """These flags as the parser of `train` reads them; what it would refuse counts as not given."""
+    if argv[:1] != ["train"] or {"-h", "--help"} & set(argv): return Source()
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
+        return tyro.cli(Source, args=argv[1:], return_unknown_args=True)[0]
+    return Source()
+
+
 def train_defaults(argv: list[str]) -> Train:
     """The settings that the flags start from: the saved run's with --resume alone, else those of a preset.
 
     A run that begins with the weights of a saved model begins with its sizes too.
     """
-    words = [part for word in argv for part in word.split("=", 1)]
-    given = {flag.replace("_", "-"): value for flag, value in zip(words, [*words[1:], ""])}
-    if argv[:1] == ["train"] and "--resume" in given and not {"--preset", "-h", "--help"} & given.keys():
-        root, name = given.get("--training.checkpoint-dir", CHECKPOINTS), given.get("--training.run-name")
-        saved = saved_settings(run_folder(TrainingConfig(checkpoint_dir=root, run_name=name), resume=True))
-        if saved: return saved
-    chosen = given.get("--preset")
-    model, training = PRESETS[chosen if chosen in PRESETS else automatic_preset()]
-    source = given.get("--training.start-from")
-    if source and source != "None": model = saved_config(find_checkpoint(source))
+    if argv[:1] != ["train"]: return Train(model=PRESETS["tiny"][0], training=PRESETS["tiny"][1])
+    source = settings_source(argv)
+    if source.resume and source.preset == "auto":
+        place = source.training
+        place = TrainingConfig(checkpoint_dir=place.checkpoint_dir, run_name=place.run_name)
+        if saved := saved_settings(run_folder(place, resume=True)): return saved
+    model, training = PRESETS[automatic_preset() if source.preset == "auto" else source.preset]
+    if source.training.start_from: model = saved_config(find_checkpoint(source.training.start_from))
     return Train(model=model, training=training)
 
 
@@ -255,12 +308,9 @@ def train(command: Train) -> int:
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
     last = {"step": step_of(result.checkpoint)} | (result.history or [{}])[-1]
     if result.stopped_by:
-        where = {"--training.checkpoint-dir": config.checkpoint_dir != CHECKPOINTS and config.checkpoint_dir,
-                 "--training.run-name": config.run_name}  # without a name: the newest run
-        flags = [word for flag, value in where.items() if value for word in (flag, value)]
         tell(f"stopped by signal {result.stopped_by} after step {last['step']} "
              f"and saved {result.checkpoint}; continue with\n"
-             f"    {shlex.join(['optimus', 'train', '--resume', *flags])}")
+             f"    {shlex.join(command_to_resume(result.checkpoint.parent, spread.ranks))}")
         return 128 + result.stopped_by
     named = f" --checkpoint {shlex.quote(str(result.checkpoint))}"
     where = "" if config.checkpoint_dir == CHECKPOINTS else named
@@ -272,6 +322,13 @@ def train(command: Train) -> int:
          f"    optimus generate \"The public debt\"{where}\n"
          f"    tensorboard --logdir {config.tensorboard_dir}")
     return 0
+
+
+def command_to_resume(run: Path, ranks: int) -> list[str]:
+    """The words that continue this run, also when there is a newer one."""
+    program = ["optimus"] if ranks == 1 else ["torchrun", f"--nproc-per-node={ranks}", "-m", "optimus.cli"]
+    where = [] if str(run.parent) == CHECKPOINTS else ["--training.checkpoint-dir", str(run.parent)]
+    return [*program, "train", "--resume", *where, "--training.run-name", run.name]
 
 
 def say_above_the_bar(text: str):
@@ -340,6 +397,9 @@ Ctrl-C stops a text that is being written. Arrow up brings earlier lines back.""
 
 def prompt_loop(model, tokenizer, settings: dict) -> int:
     """Prompts one after the other; Ctrl-C ends a text and nothing more, /quit or Ctrl-D the program."""
+    if sys.stdin is None or sys.stdin.closed:
+        raise ValueError("there is no standard input to read prompts from; "
+                         "give a prompt: optimus generate \"The\"")
     print(f"Type the beginning of a text. {', '.join(COMMANDS)} VALUE change a setting; /help; /quit ends.")
     with line_history(cache_folder() / "history"):
         while True:
@@ -394,8 +454,9 @@ def line_history(path: Path):
 def bench(command: Bench) -> int:
     from optimus import benchmark
     device = best_device() if command.device == "auto" else torch.device(command.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no CUDA GPU that torch can use")
+    if not device_is_here(device):
+        kind = "CUDA" if device.type == "cuda" else "Apple"
+        raise ValueError(f"--device {device}: this machine has no {kind} GPU that torch can use")
     if command.json and not command.json.absolute().parent.is_dir():
         raise ValueError(f"--json {command.json}: there is no folder {command.json.parent}")
     if command.json and command.json.is_dir():
@@ -411,7 +472,7 @@ def bench(command: Bench) -> int:
         print(f"{impossible_here(error)}: measuring without compiled rows", file=sys.stderr)
     if result is None: result = measure(compile=False)  # out here the first models are free
     print(benchmark.bench_table(result))
-    if command.json: command.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if command.json: command.json.write_text(json_text(result, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
@@ -438,7 +499,7 @@ def info() -> int:
     detail = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"optimus {version('optimus')}, Python {platform.python_version()}, torch {torch.__version__}, "
           f"transformers {version('transformers')}, datasets {version('datasets')}\n"
-          f"device: {device} ({detail})\npresets:")
+          f"device: {device} ({detail}), chosen because {why_device(device)}\npresets:")
     for name, (model, training) in PRESETS.items():
         print(f"    {name}: {model.attention.upper()}, {model.num_layers} layers, "
               f"width {model.embedding_dim}, vocabulary {model.vocab_size:,}, "

@@ -22,7 +22,9 @@ import copy
 import os
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,8 +35,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
+from .checkpoint import Checkpoint, load_checkpoint
 from .config import ModelConfig, count_parameters
-from .training import ONE_PROCESS, OneProcess
+from .training import ONE_PROCESS, OneProcess, random_state_on, set_random_state_on
 from .transformer import LanguageModel
 
 # %% ../notebooks/14_scale_out.ipynb #14d00020
@@ -44,6 +47,7 @@ def portable(error: Exception) -> Exception:
     except Exception: return RuntimeError(f"{type(error).__name__}: {error}")
     return error
 
+# %% ../notebooks/14_scale_out.ipynb #16afe978
 class Words(OneProcess):
     """How ranks add up, agree, and let one of them work.
 
@@ -98,24 +102,54 @@ class Words(OneProcess):
 
 # %% ../notebooks/14_scale_out.ipynb #14d00031
 class Ranks(Words):
-    """Words, and a random stream of its own for every rank."""
-    def random_state(self) -> dict[str, Any]:
-        cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
+    """Words, a random stream of its own for every rank, and checkpoints that rank 0 reads for all."""
+    def random_state(self, device: torch.device) -> dict[str, Any]:
         states = [None] * self.ranks
-        dist.all_gather_object(states, {"cpu": torch.get_rng_state(), "cuda": cuda}, group=self.words)
+        dist.all_gather_object(states, random_state_on(self.device), group=self.words)
         return {**states[0], "ranks": states}
 
-    def set_random_state(self, state: dict[str, Any]) -> None:
+    def set_random_state(self, state: dict[str, Any], device: torch.device) -> None:
         states = state.get("ranks", [])
         if len(states) == self.ranks: state = states[self.rank]
         elif self.rank: return  # another number of ranks: this one keeps the stream that `wrap` gave it
-        torch.set_rng_state(state["cpu"])
-        if state["cuda"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda"][0], self.device)
+        set_random_state_on(self.device, state)
 
     def own_stream(self) -> None:
         """Other dropout on every rank; rank 0 goes on with the stream it has."""
         if self.rank: torch.manual_seed(torch.initial_seed() + 1_000_003 * self.rank)
+
+    def receive(self, x: Tensor) -> Tensor:
+        """A tensor of rank 0, on every rank; the others give one of its shape."""
+        x = torch.empty_like(x, device="cpu") if x.is_meta else x.contiguous()
+        dist.broadcast(x, src=0, group=self.words)
+        return x
+
+    @torch.no_grad()
+    def read(self, saved: Path) -> Checkpoint:
+        mine = []
+        def load():
+            mine.append(load_checkpoint(saved, verified=True))
+            small = mine[0].train_state and {**mine[0].train_state, "optimizer": None}
+            return replace(mine[0], model=mine[0].model.config, tokenizer=None, train_state=small)
+        told = self.first(load)
+        model = mine[0].model if mine else LanguageModel(told.model)
+        for x in (*model.parameters(), *model.buffers()): x.copy_(self.receive(x))
+        return mine[0] if mine else replace(told, model=model)
+
+    def cut(self, state: dict | None, optimizer: torch.optim.Optimizer) -> dict:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        def shape(x): return x.to("meta") if isinstance(x, Tensor) else x
+        plan = self.first(lambda: tree_map(shape, state))
+        def taken(i, name, x):
+            if not isinstance(x, Tensor): return x
+            return self.keep(self.receive(x if state is None else state["state"][i][name]), parameters[i])
+        entries = {i: {name: taken(i, name, x) for name, x in entry.items()}
+                   for i, entry in plan["state"].items()}
+        return {**plan, "state": entries}
+
+    def keep(self, x: Tensor, parameter: nn.Parameter) -> Tensor:
+        """What this rank needs of a whole tensor that belongs to `parameter`."""
+        return x
 
 # %% ../notebooks/14_scale_out.ipynb #14d00021
 class Loss(nn.Module):
@@ -196,14 +230,10 @@ class FSDPRanks(Ranks):
         if model.config.tie_embeddings: plain.head.weight = plain.embedding.weight
         return plain
 
-    def cut(self, state: dict, optimizer: torch.optim.Optimizer) -> dict:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        def share(x, p):
-            if not isinstance(x, Tensor) or x.shape != p.shape: return x
-            return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
-        cut = {i: {name: share(x, parameters[i]) for name, x in entry.items()}
-               for i, entry in state["state"].items()}
-        return {**state, "state": cut}
+    def keep(self, x: Tensor, parameter: nn.Parameter) -> Tensor:
+        if x.shape != parameter.shape: return x
+        return distribute_tensor(x.to(parameter.device), parameter.device_mesh, parameter.placements,
+                                 src_data_rank=None)
 
 # %% ../notebooks/14_scale_out.ipynb #14d00023
 def join(parallel: str) -> OneProcess:

@@ -1,10 +1,12 @@
 """Import torch once; then, for every line of JSON on standard input, fork a child that trains.
 
-A line holds the fields of TrainingConfig that differ from CONFIG. Prints the child's process number and,
-when it ends, its exit code.
+A line holds the fields of TrainingConfig that differ from CONFIG, and may hold `kill_at`: the child kills
+itself with SIGKILL when it has made so many calls that put files in place (fsync, rename, link). Prints the
+child's process number and, when it ends, its exit code.
 """
 import json
 import os
+import signal
 import sys
 import traceback
 
@@ -28,8 +30,22 @@ WORDS = ("the of and to in a that is was for it with as his on be at by "
 TEXTS = [" ".join(WORDS[(i * k + k // 3) % len(WORDS)] for k in range(1, 60)) for i in range(1, 12)]
 
 
+def kill_at(call: int):
+    """End this process with SIGKILL before its `call`-th fsync, rename or link."""
+    made = []
+
+    def counted(original):
+        def f(*arguments, **options):
+            made.append(1)
+            if len(made) == call: os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments, **options)
+        return f
+    for name in ("fsync", "replace", "link"): setattr(os, name, counted(getattr(os, name)))
+
+
 def work(settings: dict):
     torch.set_num_threads(1)
+    if call := settings.pop("kill_at", None): kill_at(call)
     train(ModelConfig(**MODEL), TrainingConfig(**CONFIG | settings), resume=True, corpus={"text": TEXTS},
           tokenizer=train_tokenizer(TEXTS, 280), progress=False)
 

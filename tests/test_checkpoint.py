@@ -301,3 +301,128 @@ def test_generation_opens_only_safetensors_and_json(run):
     assert out.returncode == 0, out.stderr
     opened = set(json.loads(out.stdout.replace("'", '"')))
     assert opened <= {"config.json", "model.safetensors", "tokenizer.json"} and "config.json" in opened
+
+
+# Other systems, and JSON that all can read
+
+class WindowsOs:
+    """`os` as Windows has it: a folder cannot be opened, and only what is open for writing can be synced."""
+    name = "nt"
+
+    def __init__(self): self.writable, self.synced = set(), []
+    def __getattr__(self, name): return getattr(os, name)
+
+    def open(self, path, flags):
+        if Path(path).is_dir(): raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        handle = os.open(path, flags)
+        if flags & os.O_RDWR: self.writable.add(handle)
+        return handle
+
+    def fsync(self, handle):
+        if handle not in self.writable: raise OSError(errno.EBADF, "Bad file descriptor")
+        self.synced.append(os.fsync(handle))
+
+    def close(self, handle):
+        self.writable.discard(handle)
+        os.close(handle)
+
+
+def test_windows_saves_updates_and_syncs_every_file(tmp_path, model, tokenizer, monkeypatch):
+    windows = WindowsOs()
+    monkeypatch.setattr(checkpoint, "os", windows)
+    for step in (1, 2): path = save(tmp_path / "run", model, step, tokenizer)
+    assert len(windows.synced) == 2 * len(FILES)
+    checkpoint.update_trainer_state(path, {"seed": 8})
+    checkpoint.write_whole(tmp_path / "note.json", "{}")
+    assert load_checkpoint(path).trainer_state == {"step": 2, "seed": 8}
+    assert latest_checkpoint(tmp_path / "run") == path
+
+
+def strict(text):
+    """What any JSON reader makes of a text."""
+    def refuse(word): raise AssertionError(f"{word} is no JSON")
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_numbers_that_are_not_finite_are_null_in_every_json(tmp_path, model):
+    nan, inf = float("nan"), float("inf")
+    bad = {"loss": nan, "norms": [1.5, -inf, (np.float64("inf"), 2)], "run": {"best": inf}}
+    path = save_checkpoint(tmp_path, model, 1, trainer_state=bad)
+    state = strict((path / "trainer_state.json").read_text())
+    assert state == {"step": 1, "loss": None, "norms": [1.5, None, [None, 2]], "run": {"best": None}}
+    assert strict(checkpoint.json_text({"a": [float("nan")], "b": "NaN", "c": True})) == {
+        "a": [None], "b": "NaN", "c": True}
+
+
+# A state that is updated
+
+def test_an_update_changes_the_state_and_links_the_rest(run, model):
+    path = run / "step-00000003"
+    before = {p.name: p.stat().st_ino for p in path.iterdir()}
+    checkpoint.update_trainer_state(path, {"seed": 8, "best": 1.5})
+    after = {p.name: p.stat().st_ino for p in path.iterdir()}
+    assert {name for name in FILES if before[name] != after[name]} == {"manifest.json", "trainer_state.json"}
+    loaded = load_checkpoint(path)
+    assert loaded.trainer_state == {"step": 3, "seed": 8, "best": 1.5}
+    assert loaded.train_state["list"][3] == "text"
+    assert sorted(p.name for p in run.iterdir()) == [f"step-0000000{n}" for n in (1, 2, 3)]
+
+
+def test_an_update_copies_where_there_are_no_links(run, monkeypatch):
+    def refuse(*_): raise OSError(errno.EPERM, "no hard links here")
+    monkeypatch.setattr(os, "link", refuse)
+    checkpoint.update_trainer_state(run / "step-00000003", {"seed": 8})
+    assert load_checkpoint(run / "step-00000003").trainer_state["seed"] == 8
+
+
+@pytest.mark.parametrize("call", range(1, 9))
+def test_an_update_that_fails_anywhere_leaves_the_checkpoint_as_it_was(run, monkeypatch, call):
+    calls = []
+
+    def failing(name):
+        original = getattr(os, name)
+        def f(*a, **k):
+            calls.append(name)
+            if len(calls) == call: raise OSError(errno.ENOSPC, "No space left on device")
+            return original(*a, **k)
+        return f
+    for name in ("mkdir", "fsync", "replace"): monkeypatch.setattr(os, name, failing(name))
+    path = run / "step-00000003"
+    try: checkpoint.update_trainer_state(path, {"seed": 8})
+    except CheckpointError as error: assert "No space left" in str(error)
+    else: assert len(calls) < call
+    monkeypatch.undo()
+    remove_leftovers(run)
+    assert load_checkpoint(path).trainer_state["seed"] in (7, 8)
+    assert [p.name for p in step_folders(run)] == [f"step-0000000{n}" for n in (1, 2, 3)]
+
+
+def test_a_small_file_that_cannot_be_written_keeps_its_text_and_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "settings.json"
+    checkpoint.write_whole(path, "old\n")
+    def full(*_): raise OSError(errno.ENOSPC, "No space left on device")
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as broken:
+            broken.setattr(os, name, full)
+            with pytest.raises(CheckpointError, match="settings.json: No space.*free"):
+                checkpoint.write_whole(path, "new\n")
+        assert path.read_text() == "old\n" and os.listdir(tmp_path) == ["settings.json"]
+    checkpoint.write_whole(path, "new\n")
+    assert path.read_bytes() == b"new\n"
+
+
+def test_a_mistake_of_ours_is_not_told_as_a_full_disk(run, model, monkeypatch):
+    def renamed(*_): raise TypeError("save() got an unexpected keyword argument 'path'")
+    monkeypatch.setattr(LanguageModel, "save_pretrained", renamed)
+    with pytest.raises(TypeError, match="unexpected keyword"): save(run, model, 4)
+
+
+def test_keeping_all_deletes_nothing(tmp_path, model):
+    for step in range(1, 6): save(tmp_path, model, step, keep_last=None)
+    assert len(step_folders(tmp_path)) == 5
+
+
+def test_a_verified_checkpoint_is_not_hashed_again(run, monkeypatch):
+    monkeypatch.setattr(checkpoint, "sha256_of", None)
+    assert load_checkpoint(run / "step-00000003", verified=True).step == 3
+    with pytest.raises(TypeError): load_checkpoint(run / "step-00000003")

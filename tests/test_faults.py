@@ -1,6 +1,7 @@
 """A run survives being killed, interrupted and pulled from its terminal. Derived in notebooks 11 and 12."""
 import ast
 import contextlib
+import errno
 import json
 import os
 import random
@@ -13,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from optimus.checkpoint import problem, step_folders
+from optimus import cli
+from optimus.checkpoint import problem, step_folders, step_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,35 +59,94 @@ def unfinished_save(folder: Path) -> bool:
     return any(p.name.startswith((".half-", ".old-")) for p in folder.glob(".*"))
 
 
-def test_forty_kills_leave_the_curve_as_it_was(server, tmp_path):
-    places = {name: dict(checkpoint_dir=str(tmp_path / name), tensorboard_dir=str(tmp_path / f"{name}-runs"),
-                         run_name="run") for name in "ab"}
+@pytest.fixture
+def places(tmp_path):
+    """Settings for a run "a" that nothing disturbs and a run "b" that is killed."""
+    return {name: dict(checkpoint_dir=str(tmp_path / name), tensorboard_dir=str(tmp_path / f"{name}-runs"),
+                       run_name="run") for name in "ab"}
+
+
+def finish(server, places, folder, whole):
+    """Let the killed run come to its end: its curve and its folder are those of the whole run."""
+    server.start(**places["b"])
+    assert server.wait() == 0
+    assert logged(folder) == whole and list(whole) == list(range(1, 41)) and not unfinished_save(folder)
+
+
+def test_a_kill_before_every_single_write_of_a_step_leaves_the_curve_as_it_was(server, places, tmp_path):
+    """Child n is killed at its n-th fsync, rename or link, until one has come through two steps whole."""
+    server.start(**places["a"], eval_interval=1)
+    assert server.wait() == 0
+    whole, folder = logged(tmp_path / "a" / "run"), tmp_path / "b" / "run"
+    kills = inside = steps = begun = 0
+    places["b"]["eval_interval"] = 1
+    while steps - begun < 2:
+        kills, begun = kills + 1, steps
+        server.start(**places["b"], kill_at=kills)
+        assert server.wait() == -signal.SIGKILL
+        inside += unfinished_save(folder)
+        assert all(problem(p) is None for p in step_folders(folder)), "an unreadable checkpoint"
+        log = logged(folder)
+        assert all(whole[step] == loss for step, loss in log.items())
+        steps = max(map(step_of, step_folders(folder)), default=0)
+    assert kills >= 25 and inside >= 10
+    finish(server, places, folder, whole)
+
+
+def test_twelve_kills_at_any_time_leave_the_curve_as_it_was(server, places, tmp_path):
     server.start(**places["a"])
     assert server.wait() == 0
-    whole = logged(tmp_path / "a" / "run")
-    assert list(whole) == list(range(1, 41))
-
-    dice, folder = random.Random(0), tmp_path / "b" / "run"
-    kills = inside = 0
-    seen = []
-    while kills < 40:
+    whole, folder, dice = logged(tmp_path / "a" / "run"), tmp_path / "b" / "run", random.Random(0)
+    for _ in range(12):
         child = server.start(**places["b"])
         time.sleep(dice.uniform(0.03, 0.3))
         with contextlib.suppress(ProcessLookupError): os.kill(child, signal.SIGKILL)
-        kills += server.wait() != 0  # a child that was faster than the kill does not count
-        inside += unfinished_save(folder)
-        seen.append(logged(folder))
+        assert server.wait() in (0, -signal.SIGKILL)
         assert all(problem(p) is None for p in step_folders(folder)), "an unreadable checkpoint"
-        if len(seen[-1]) == 40:  # it was at the end: begin another run, and go on killing
-            os.rename(folder, folder.with_name(f"done-{len(seen)}"))
-    server.start(**places["b"])
-    assert server.wait() == 0
-    seen.append(logged(folder))
-    assert list(seen[-1]) == list(range(1, 41))
-    for log in seen: assert all(whole[step] == loss for step, loss in log.items())
-    assert inside >= 5, f"only {inside} of 40 kills landed inside a save"
-    assert len({max(log, default=0) for log in seen}) > 5, "the kills did not come at different steps"
-    assert not unfinished_save(folder)
+        assert all(whole[step] == loss for step, loss in logged(folder).items())
+    finish(server, places, folder, whole)
+
+
+FULL = {"at": 0, "calls": 0, "below": ""}
+
+
+def full_disk(event, arguments):
+    """An audit hook: from the `at`-th attempt to write below a folder on, its disk is full. Never, if 0."""
+    wants = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+    write = event in ("os.rename", "os.mkdir", "os.link") or event == "open" and (arguments[2] or 0) & wants
+    if not FULL["at"] or not write or not str(arguments[0]).startswith(FULL["below"]): return
+    FULL["calls"] += 1
+    if FULL["calls"] >= FULL["at"]: raise OSError(errno.ENOSPC, "No space left on device", str(arguments[0]))
+
+
+def test_a_disk_that_is_full_from_any_write_on_costs_one_sentence_and_no_checkpoint(
+        tmp_path, corpus, monkeypatch, capsys):
+    """The wreck of each start is where the next begins, and one write later the disk is full again."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPTIMUS_CACHE", str(tmp_path / "cache"))
+    steps = ["--training.max-steps", "2", "--training.save-interval", "1", "--training.eval-interval", "1"]
+    words = [*SMALL[:-4], *SMALL[-2:]]  # with samples
+    def start(place, *more):
+        where = ["--training.checkpoint-dir", f"{place}/c", "--training.tensorboard-dir", f"{place}/r"]
+        code = cli.main(["train", *words, *steps, "--training.run-name", "run", *where, *more])
+        return code, capsys.readouterr().err
+    assert start("whole")[0] == 0
+    run, code, at = tmp_path / "full" / "c" / "run", 1, 0
+    FULL.update(below=str(tmp_path / "full"))
+    monkeypatch.setitem(FULL, "at", 0)  # whatever happens, off afterwards
+    sys.addaudithook(full_disk)
+    (tmp_path / "full").mkdir()
+    monkeypatch.chdir(tmp_path)
+    while code:
+        sound, at = step_folders(run), at + 1
+        FULL.update(at=at, calls=0)
+        code, err = start(tmp_path / "full", *["--resume"] * bool(sound))
+        FULL["at"] = 0
+        told = [line for line in err.splitlines() if line.startswith("optimus: ")]
+        assert code == 0 or (code, len(told)) == (1, 1) and "No space left" in told[0], (at, err)
+        assert "Traceback" not in err
+        assert all(problem(path) is None for path in (*sound, *step_folders(run)))
+    assert at > 25 and logged(run) == logged(tmp_path / "whole" / "c" / "run")
 
 
 def run_cli(tmp_path, *arguments, **options):

@@ -2,7 +2,10 @@
 import contextlib
 import json
 import math
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -15,8 +18,9 @@ import pytest
 import torch
 from fork_server import CONFIG, MODEL, TEXTS
 
-from optimus import LanguageModel, ModelConfig, TrainingConfig, training
-from optimus.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, step_folders
+from optimus import LanguageModel, ModelConfig, TrainingConfig, checkpoint, training
+from optimus.checkpoint import (CheckpointError, latest_checkpoint, load_checkpoint, seal, sha256_of,
+                                step_folders)
 from optimus.data import Sequences, batches, prepare, train_tokenizer
 from optimus.training import (Muon, RunState, StopRequest, accumulate_gradients, amp_dtype, choose_tokenizer,
                               evaluate, learning_rate_at, make_optimizer, orthogonalize, train, train_step)
@@ -336,7 +340,8 @@ def test_the_equality_fails_when_one_item_of_state_is_lost(go, monkeypatch, item
         restore(self, tensors, numbers)
     if item == "step":
         load = training.load_checkpoint
-        monkeypatch.setattr(training, "load_checkpoint", lambda path: replace_step(load(path), 0))
+        first = lambda path, **how: replace_step(load(path, **how), 0)
+        monkeypatch.setattr(training, "load_checkpoint", first)
     else: monkeypatch.setattr(RunState, "restore", forgetful)
     parts = go("parts", resume=True, amp="fp16", max_steps=25)
     assert (curve(parts) == curve(whole)) == (item == "nothing")
@@ -363,7 +368,6 @@ def test_resume_without_any_checkpoint_starts_at_the_beginning(go):
     (dict(seed=5), "training_config.seed was 0 .* is 5 now"),
     (dict(batch_size=2), "training_config.batch_size was 4 .* is 2 now"),
     (dict(model=replace(SMALL, num_layers=3)), "model_config.num_layers was 2 .* is 3 now"),
-    (dict(texts=["edited", *TEXTS[1:]]), "corpus.fingerprint was"),
 ])
 def test_another_run_cannot_be_resumed_by_mistake(go, change, words, monkeypatch):
     go("run", stop=3)
@@ -371,12 +375,34 @@ def test_another_run_cannot_be_resumed_by_mistake(go, change, words, monkeypatch
     with pytest.raises(ValueError, match=f"cannot resume: {words}"): go("run", resume=True, **change)
 
 
+OTHERS = [["edited", *TEXTS[1:]], TEXTS[1:], [*TEXTS, "more"], TEXTS[::-1]]
+
+
+@pytest.mark.parametrize("texts", OTHERS, ids=["edited", "shorter", "longer", "another order"])
+def test_another_text_is_refused_in_words(go, texts, monkeypatch):
+    go("run", stop=3, dataset_name="my.txt")
+    monkeypatch.setattr(training, "load_checkpoint", None)
+    words = "run: the text of the corpus my.txt has changed since step 3; bring the old text back, or begin"
+    with pytest.raises(ValueError, match=words) as error:
+        go("run", resume=True, texts=texts, dataset_name="my.txt")
+    assert not re.search("[0-9a-f]{16}", str(error.value))
+    with pytest.raises(ValueError, match="corpus other.txt is another text than my.txt, .* to step 3; bring"):
+        go("run", resume=True, texts=texts, dataset_name="other.txt")
+
+
+def test_the_same_text_under_another_name_is_the_same_corpus(go):
+    whole = go("whole", dataset_name="old.txt")
+    go("run", stop=3, dataset_name="old.txt")
+    moved = go("run", resume=True, dataset_name="/elsewhere/new.jsonl", dataset_config="edition")
+    assert losses(moved) == losses(whole)
+
+
 def test_another_tokenizer_of_the_same_size_is_refused(go, tmp_path):
     result = go("run", stop=3)
     other = train_tokenizer([t[::-1] for t in TEXTS], len(result.tokenizer))
     assert len(other) == len(result.tokenizer)
     config = TrainingConfig(**load_checkpoint(result.checkpoint).trainer_state["training_config"])
-    with pytest.raises(ValueError, match="corpus.fingerprint"):
+    with pytest.raises(ValueError, match="tokenizer is not the one that the run was trained with; leave"):
         train(SMALL, config, resume=True, corpus={"text": TEXTS}, tokenizer=other, progress=False)
 
 
@@ -462,10 +488,11 @@ def test_ten_bad_steps_in_a_row_stop_with_everything_worth_knowing(go, monkeypat
         if self.training: calls.append(1)
         return original(self, x, y) * (math.nan if len(calls) > 12 and self.training else 1)
     monkeypatch.setattr(LanguageModel, "loss", loss)
-    words = "step 22: 10 steps in a row.*learning rate.*norm nan.*step-00000021"
+    words = "step 22: 10 steps in a row.*learning rate.*norm nan.*last good checkpoint is .*step-00000010;"
     with pytest.raises(FloatingPointError, match=words): go(save_interval=5, keep_last=9)
     state = load_checkpoint(latest_checkpoint(tmp_path / "checkpoints")).model.state_dict()
     assert all(x.isfinite().all() for x in state.values())
+    assert latest_checkpoint(tmp_path / "checkpoints").name == "step-00000010"
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_before_the_first_step(go, tmp_path):
@@ -523,9 +550,6 @@ def test_training_in_a_thread_works(go):
 
 
 def test_the_second_interrupt_stops_at_once():
-    import os
-    import signal
-
     with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.signal == signal.SIGINT
@@ -686,8 +710,9 @@ def test_a_tensorboard_that_cannot_write_does_not_end_the_run(go, monkeypatch, w
 
 def test_a_history_that_cannot_be_written_names_the_file(go, monkeypatch):
     class Full:
+        def seek(self, *where): return 0
         def write(self, text): raise OSError(28, "No space left on device")
-        def close(self): pass
+        def close(self): raise OSError(28, "No space left on device")
     begin = training.RunLog.__init__
 
     def on_a_full_disk(self, *arguments):
@@ -834,3 +859,402 @@ def test_the_tokenizer_of_the_start_is_the_runs(given, tokenizer):
     assert choose_tokenizer(SMALL, config, corpus).backend.to_str() == tokenizer.backend.to_str()
     with pytest.raises(ValueError, match="no tokenizer 'nowhere'"):
         choose_tokenizer(SMALL, replace(config, start_from="nowhere"), corpus)
+
+# Stop and resume
+
+STRICT = partial(json.loads, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+
+
+def told(result):
+    """Losses and held-out losses, to the last bit."""
+    return [(row["step"], row["loss"].hex(), row.get("validation_loss")) for row in result.history]
+
+
+def signals(number, times, at):
+    """A function that sends so many signals to this process when it is called for the `at`-th time."""
+    calls = []
+
+    def send():
+        calls.append(1)
+        if len(calls) == at:
+            for _ in range(times): os.kill(os.getpid(), number)
+    return send
+
+
+PLACES = {"train_step": 9, "save_checkpoint": 3, "update_trainer_state": 1, "evaluate": 2, "sample_text": 2}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, tokenizer):
+    """The run that the interrupted ones must equal."""
+    place, patch = tmp_path_factory.mktemp("uninterrupted"), pytest.MonkeyPatch()
+    patch.setenv("OPTIMUS_CACHE", str(place / "cache"))
+    config = TrainingConfig(**CONFIG | dict(checkpoint_dir=str(place / "c"), tensorboard_dir=str(place / "r"),
+                                            save_interval=10, sample_interval=6, max_steps=20))
+    yield train(SMALL, config, corpus={"text": TEXTS}, tokenizer=tokenizer, progress=False)
+    patch.undo()
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("number, times", [(signal.SIGINT, 2), (signal.SIGTERM, 1), (signal.SIGTERM, 2)])
+def test_two_signals_anywhere_lose_no_finished_step(go, uninterrupted, monkeypatch, place, number, times):
+    original, send = getattr(training, place), signals(number, times, PLACES[place])
+    monkeypatch.setattr(training, place, lambda *a, **k: send() or original(*a, **k))
+    settings = dict(sample_interval=6, max_steps=20)
+    part = go("run", **settings)
+    monkeypatch.undo()
+    assert part.stopped_by == number and 0 < len(part.history) < 20
+    assert int(part.checkpoint.name[5:]) == part.history[-1]["step"]
+    monkeypatch.setenv("OPTIMUS_CACHE", str(part.checkpoint.parents[2] / "cache"))
+    whole = go("run", resume=True, **settings)
+    assert told(whole) == told(uninterrupted)
+    assert [row.keys() for row in whole.history] == [row.keys() for row in uninterrupted.history]
+    one, other = (load_checkpoint(r.checkpoint).trainer_state["run"] for r in (whole, uninterrupted))
+    assert one == other
+
+
+def test_a_signal_while_the_data_is_waited_for_loses_nothing_either(go, uninterrupted, monkeypatch):
+    send = signals(signal.SIGINT, 2, 9)
+
+    def slowly(*a, **k):
+        for pair in batches(*a, **k):
+            send()
+            yield pair
+    monkeypatch.setattr(training, "batches", slowly)
+    part = go("run", sample_interval=6, max_steps=20)
+    assert (part.stopped_by, part.checkpoint.name[-2:]) == (2, "08")
+    monkeypatch.setattr(training, "batches", batches)
+    assert told(go("run", resume=True, sample_interval=6, max_steps=20)) == told(uninterrupted)
+
+
+def test_the_last_validation_can_be_cut_short_and_is_made_up_for(go, uninterrupted, monkeypatch):
+    original, batches_seen = training.evaluate, []
+
+    def watched(*arguments):
+        *rest, watch = arguments
+
+        def stop_at_the_first(steps):
+            for step in watch(steps):
+                batches_seen.append((step, len(steps)))
+                if arguments[3] == 0 and step == 0: os.kill(os.getpid(), signal.SIGINT)
+                yield step
+        return original(*rest, stop_at_the_first)
+    monkeypatch.setattr(training, "evaluate", watched)
+    part = go("run", sample_interval=6, max_steps=20)
+    assert part.stopped_by == 2 and part.checkpoint.name == "step-00000020"
+    assert batches_seen[-1][0] == 0 and batches_seen[-1][1] > 1 and "validation_loss" not in part.history[-1]
+    monkeypatch.setattr(training, "evaluate", original)
+    whole = go("run", resume=True, sample_interval=6, max_steps=20)
+    assert told(whole) == told(uninterrupted) and whole.stopped_by is None
+    lines = (whole.checkpoint.parent / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 21))
+    assert json.loads(lines[-1])["validation_loss"] == whole.history[-1]["validation_loss"]
+
+
+def test_the_step_is_saved_before_its_validation_begins(go, monkeypatch):
+    original, saved = training.evaluate, []
+
+    def evaluate(*arguments):
+        saved.append([int(p.name[5:]) for p in step_folders(folder)][-1])
+        return original(*arguments)
+    folder = go("run", stop=1).checkpoint.parent
+    monkeypatch.setattr(training, "evaluate", evaluate)
+    go("run", resume=True, save_interval=100)
+    assert saved == [7, 14, 21, 28, 35, 40]
+
+
+def test_the_third_signal_interrupts_even_a_step(go, monkeypatch):
+    send, original = signals(signal.SIGTERM, 3, 4), training.train_step
+    monkeypatch.setattr(training, "train_step", lambda *a: send() or original(*a))
+    with pytest.raises(KeyboardInterrupt) as stopped: go("run", save_interval=2)
+    assert stopped.value.signal == signal.SIGTERM
+    monkeypatch.setattr(training, "train_step", original)
+    assert losses(go("run", resume=True)) == losses(go("whole"))
+
+
+def test_with_several_ranks_only_the_third_signal_interrupts():
+    with pytest.raises(KeyboardInterrupt), StopRequest(ranks=2) as stop:
+        for count in (1, 2, 3):
+            assert stop.count == count - 1
+            os.kill(os.getpid(), signal.SIGINT)
+    assert stop.count == 3
+
+
+def test_a_system_without_sigterm_listens_to_ctrl_c(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.delattr(signal, "SIGTERM")
+    with StopRequest() as stop:
+        assert list(stop.previous) == [signal.SIGINT]
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def poison(monkeypatch, when):
+    """Losses that are NaN where `when(number of the call)`; returns the calls."""
+    original, calls = LanguageModel.loss, []
+
+    def loss(self, x, y):
+        if self.training: calls.append(1)
+        return original(self, x, y) * (math.nan if self.training and when(len(calls)) else 1)
+    monkeypatch.setattr(LanguageModel, "loss", loss)
+    return calls
+
+
+def test_the_history_of_a_run_with_bad_numbers_is_json_and_is_read_again(go, monkeypatch):
+    poison(monkeypatch, lambda call: call in (3, 5))
+    monkeypatch.setattr(training, "evaluate", lambda *a: math.nan)
+    folder = go("run", stop=8).checkpoint.parent
+    rows = [STRICT(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["loss"] is None] == [3, 5]
+    assert rows[6]["validation_loss"] is None
+    state = STRICT((step_folders(folder)[-1] / "trainer_state.json").read_text())
+    assert state["run"]["best_loss"] is None and state["run"]["best_step"] is None
+    again = go("run", resume=True, stop=10)
+    assert math.isnan(again.history[2]["loss"]) and len(again.history) == 10
+
+
+def test_nothing_is_saved_amid_bad_steps_but_at_a_stop_which_deletes_nothing(go, monkeypatch, tmp_path):
+    calls = poison(monkeypatch, lambda call: call >= 13)
+    def saved(): return [int(p.name[5:]) for p in step_folders(tmp_path / "checkpoints" / "run")]
+    often = dict(save_interval=1, keep_last=2, eval_interval=100)
+    go("run", stop=16, **often)
+    assert saved() == [11, 12, 16]
+    newest = latest_checkpoint(tmp_path / "checkpoints" / "run")
+    assert load_checkpoint(newest).trainer_state["run"]["bad_steps"] == 4
+    with pytest.raises(FloatingPointError, match="step 22: 10 steps.*good checkpoint is .*step-00000011; "):
+        go("run", resume=True, **often)
+    assert saved() == [11] and len(calls) == 22  # ten bad steps in all, across the stop
+    aside = {p.name for p in (tmp_path / "checkpoints" / "run").glob(".diverged-*")}
+    assert aside == {".diverged-step-00000012", ".diverged-step-00000016"}
+
+
+def test_a_save_that_fell_on_a_bad_step_is_made_up_for(go, monkeypatch):
+    poison(monkeypatch, lambda call: call in (10, 11))
+    folder = go("run", stop=13, eval_interval=100).checkpoint.parent
+    assert [int(p.name[5:]) for p in step_folders(folder)] == [12, 13]
+
+
+def test_a_run_that_diverged_goes_on_with_a_smaller_rate(go, monkeypatch, tmp_path):
+    wild = dict(save_interval=1, warmup=0.1, eval_interval=100, max_steps=20)
+    with pytest.raises(FloatingPointError) as error: go("run", learning_rate=1e38, **wild)
+    good = re.search(r"last good checkpoint is (\S+); resume the run with a smaller", str(error.value))[1]
+    assert load_checkpoint(good).trainer_state["run"]["bad_steps"] == 0
+    for line in (tmp_path / "checkpoints/run/history.jsonl").read_text().splitlines(): STRICT(line)
+    with pytest.raises(ValueError, match=r"learning_rate was 1e\+38 .* is 2e\+38 now"):
+        go("run", resume=True, learning_rate=2e38, **wild)
+    with pytest.warns(UserWarning, match=r"learning_rate was 1e\+38 and is 0.001 now: the run diverged"):
+        result = go("run", resume=True, learning_rate=1e-3, **wild)
+    assert len(result.history) == 20 and all(math.isfinite(row["loss"]) for row in result.history)
+    go("calm", stop=3)
+    with pytest.raises(ValueError, match="cannot resume: training_config.learning_rate"):
+        go("calm", resume=True, learning_rate=1e-4)
+
+
+def test_without_a_checkpoint_from_before_a_divergence_a_new_run_is_advised(go, monkeypatch):
+    poison(monkeypatch, lambda call: True)
+    with pytest.raises(FloatingPointError, match="there is no good checkpoint; begin a new run"): go("run")
+
+
+# Runs of older versions, other devices, other places
+
+def rewrite_state(checkpoint, change):
+    """Change a checkpoint's trainer_state.json as an older version would have written it."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    change(state)
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    seal(checkpoint)
+
+
+@pytest.mark.parametrize("gone", [("training_config", "beta1"), ("training_config", "start_from"),
+                                  ("model_config", "rope_theta"), ("model_config", "intermediate_size"),
+                                  ("run", "validation_due"), ("run", "fits_on"), ("corpus", "documents")])
+def test_a_setting_that_an_older_version_did_not_have_counts_as_its_default(go, gone):
+    path = go("run", stop=3).checkpoint
+    rewrite_state(path, lambda state: state[gone[0]].pop(gone[1]))
+    assert len(go("run", resume=True, stop=5).history) == 5
+
+
+def test_a_missing_setting_that_is_not_the_default_is_still_another_run(go):
+    path = go("run", stop=3, beta1=0.8).checkpoint
+    rewrite_state(path, lambda state: state["training_config"].pop("beta1"))
+    with pytest.raises(ValueError, match="beta1 was 0.9 in the saved run and is 0.8 now"):
+        go("run", resume=True, beta1=0.8)
+
+
+@pytest.mark.parametrize("saved, index, wanted", [(4, None, 0), (4, 2, 2), (1, 0, 0), (2, 5, 0), (1, 3, 0)])
+def test_a_run_resumes_on_fewer_and_on_more_gpus(monkeypatch, saved, index, wanted):
+    """`saved` GPUs there when it was saved, by an older version; now the run's own one has this index."""
+    given, state = [], torch.get_rng_state()
+    def only_its_own(*_): raise AssertionError("another GPU's state was touched")
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", only_its_own)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", only_its_own)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda s, device: given.append((s, device)))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: f"state of {device}")
+    device = torch.device("cuda", index) if index is not None else torch.device("cuda")
+    before = [f"GPU {i}" for i in range(saved)]
+    training.ONE_PROCESS.set_random_state({"cpu": state, "cuda": before}, device)
+    assert given == [(f"GPU {wanted}", device)]
+    assert training.ONE_PROCESS.random_state(device)["cuda"] == [f"state of {device}"]
+    training.ONE_PROCESS.set_random_state({"cpu": state, "cuda": []}, device)  # saved on a CPU
+    training.ONE_PROCESS.set_random_state({"cpu": state, "cuda": ["GPU 0"]}, torch.device("cpu"))
+    assert len(given) == 1
+
+
+def test_a_checkpoint_from_a_gpu_machine_resumes_on_a_cpu(go):
+    path = go("run", stop=3).checkpoint
+    state = torch.load(path / "train_state.pt", weights_only=True)
+    state["rng"]["cuda"] = [torch.zeros(16, dtype=torch.uint8)] * 3
+    torch.save(state, path / "train_state.pt")
+    seal(path)
+    assert losses(go("run", resume=True)) == losses(go("whole"))
+
+
+def test_the_newest_checkpoint_is_hashed_once_on_resume(go, monkeypatch):
+    path = go("run", stop=3).checkpoint
+    hashed = []
+    monkeypatch.setattr(checkpoint, "sha256_of", lambda p: hashed.append(p) or sha256_of(p))
+    monkeypatch.setattr(training, "save_checkpoint", lambda *a, **k: path)
+    go("run", resume=True, stop=4)
+    mine = [p.name for p in hashed if p.parent == path]
+    assert sorted(mine) == sorted(set(mine)) and len(mine) == 5
+
+
+def test_parts_that_fitted_on_one_gpu_say_nothing_about_another(go, monkeypatch, tmp_path):
+    path = go("run", stop=2, micro_batch_size=None).checkpoint
+    rewrite_state(path, lambda state: state["run"].update(micro_batch_size=1))
+    original, seen = LanguageModel.loss, []
+    monkeypatch.setattr(LanguageModel, "loss", lambda self, x, y: seen.append(len(x)) or original(self, x, y))
+    for device, used in (("cpu", 1), ("small GPU with 8 bytes", 4)):
+        rewrite_state(path, lambda state, device=device: state["run"].update(fits_on=device))
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        shutil.copytree(path.parents[1], tmp_path / "copy")
+        seen.clear()
+        go("run", resume=True, stop=3, checkpoint_dir=str(tmp_path / "copy"))
+        assert seen == [used] * (4 // used)
+
+
+@pytest.mark.parametrize("note, fits", [
+    ({"asked": None, "fits": 2, "device": "cpu"}, 2), ({"asked": None, "fits": 2}, 2),
+    ({"asked": 8, "fits": 2, "device": "cpu"}, None), ({"asked": None, "fits": 2, "device": "GPU"}, None),
+    ({"asked": None, "fits": "two"}, None), ([], None), ({}, None)])
+def test_a_note_about_parts_counts_on_the_device_it_names(tmp_path, note, fits):
+    (tmp_path / "micro_batch_size").write_text(json.dumps(note))
+    assert training.fitting_parts(tmp_path, TrainingConfig(), torch.device("cpu")) == fits
+
+
+def test_a_gpu_is_named_with_its_memory(monkeypatch):
+    facts = SimpleNamespace(name="Some GPU", total_memory=80_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    assert training.device_in_words(torch.device("cuda")) == "Some GPU with 80,000 bytes"
+
+
+@pytest.mark.parametrize("settings, saved, wanted", [
+    (dict(dataset_name="sotu"), None, None), (dict(dataset_name="."), None, None),
+    (dict(dataset_name=".", dataset_size=5), None, 5), (dict(dataset_name="sotu", dataset_size=5), None, 5),
+    (dict(), None, 200_000), (dict(dataset_size=7), None, 7),
+    (dict(dataset_name="."), {"training_config": {}, "corpus": {}}, 200_000),  # an older version always cut
+    (dict(dataset_name="."), {"corpus": {"documents": None}}, None),
+    (dict(dataset_name=".", dataset_size=9), {"corpus": {"documents": None}}, 9)])
+def test_a_size_cuts_what_is_on_the_hub_and_other_corpora_only_when_given(settings, saved, wanted):
+    assert training.documents_wanted(TrainingConfig(**settings), saved) == wanted
+
+
+def test_a_corpus_of_ones_own_is_cut_where_that_is_asked_for(go, tmp_path, tokenizer):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    for size, documents in ((200_000, len(TEXTS)), (5, 5)):
+        config = TrainingConfig(**CONFIG | dict(
+            dataset_name=str(path), dataset_size=size, max_steps=1, checkpoint_dir=str(tmp_path / f"c{size}"),
+            tensorboard_dir=str(tmp_path / "r")))
+        corpus = train(SMALL, config, tokenizer=tokenizer, progress=False).corpus
+        assert corpus.train_documents + corpus.validation_documents == documents
+
+
+def curve(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [e.step for e in events.Scalars("loss")]
+
+
+def test_runs_of_one_name_have_boards_of_their_own_and_keep_them(go, tmp_path):
+    places = {place: dict(checkpoint_dir=str(tmp_path / place)) for place in "xyz"}
+    for steps, place in ((4, "x"), (3, "y"), (2, "z")): go("run", stop=steps, **places[place])
+    boards = [tmp_path / "runs" / name for name in ("run", "run-2", "run-3")]
+    assert [curve(board) for board in boards] == [[1, 2, 3, 4], [1, 2, 3], [1, 2]]
+    next_second()
+    go("run", resume=True, stop=5, **places["y"])
+    (tmp_path / "z").rename(tmp_path / "moved")
+    go("run", resume=True, stop=6, checkpoint_dir=str(tmp_path / "moved"))
+    assert [curve(board) for board in boards] == [[1, 2, 3, 4], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6]]
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["run", "run-2", "run-3"]
+
+
+def test_a_run_of_an_older_version_goes_on_in_its_old_board(go, tmp_path):
+    go("run", stop=3)
+    (tmp_path / "runs" / "run" / ".run").unlink()
+    next_second()
+    go("run", resume=True, stop=5)
+    assert curve(tmp_path / "runs" / "run") == [1, 2, 3, 4, 5]
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["run"]
+
+
+def test_a_board_that_cannot_be_made_does_not_end_the_run(go, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="TensorBoard shows no more of this run"):
+        assert len(go("run", stop=2, tensorboard_dir=str(tmp_path / "file" / "runs")).history) == 2
+
+
+@pytest.mark.parametrize("field, value", [("num_kv_heads", 2), ("intermediate_size", 128), ("dropout", 0.4)])
+def test_a_start_may_differ_in_what_changes_no_size(go, given, field, value):
+    assert SMALL.ffn_dim == 128 and getattr(SMALL, field) != value or field == "num_kv_heads"
+    model = replace(SMALL, num_kv_heads=1) if field == "num_kv_heads" else replace(SMALL, **{field: value})
+    assert go(start_from=given[1], model=model, max_steps=1).history
+
+
+@pytest.mark.parametrize("change, shown", [
+    (dict(num_attention_heads=1), "num_attention_heads = 2; model.num_attention_heads is 1"),
+    (dict(rope_theta=500.0), "rope_theta = 10000.0; model.rope_theta is 500.0"),
+    (dict(compression_ratio=0.25), "kv_lora_rank = 16; model.kv_lora_rank is 8"),
+    (dict(intermediate_size=64), "ffn_dim = 128; model.ffn_dim is 64")])
+def test_a_start_of_other_sizes_in_force_is_refused(go, given, change, shown):
+    with pytest.raises(ValueError, match=re.escape(shown)):
+        go(start_from=given[1], model=replace(SMALL, **change))
+
+
+# Apple's GPU, as far as a CPU can show it
+
+@pytest.mark.parametrize("cuda, mps, wanted, why", [
+    (True, True, "cuda", "a CUDA GPU"), (False, True, "mps", "no CUDA GPU, but torch can use Apple's GPU"),
+    (False, False, "cpu", "neither")])
+def test_the_best_device_is_cuda_then_mps_then_the_cpu(monkeypatch, cuda, mps, wanted, why):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    device = training.best_device()
+    assert device.type == wanted and why in training.why_device(device)
+    for kind, there in (("cuda", cuda), ("mps", mps), ("cpu", True)):
+        assert training.device_is_here(torch.device(kind)) == there
+    if not mps:
+        with pytest.raises(ValueError, match=r"device is mps, but this machine has no Apple \(mps\) GPU"):
+            training.check_device(torch.device("mps"))
+
+
+def test_precision_memory_and_random_state_on_mps(monkeypatch):
+    mps, seen = torch.device("mps"), []
+    assert amp_dtype("auto", mps) is None and amp_dtype("bf16", mps) is torch.bfloat16
+    with pytest.raises(ValueError, match="amp is 'fp16'; on mps it must be"): amp_dtype("fp16", mps)
+    assert training.out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"))
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: "mps state")
+    monkeypatch.setattr(torch.mps, "set_rng_state", seen.append)
+    with training.own_random_state(mps): drawn = torch.rand(3)
+    assert seen == ["mps state"] and torch.equal(drawn, torch.rand(3))
+    training.set_random_state_on(mps, {"cpu": torch.get_rng_state(), "cuda": ["of another machine"]})
+    assert seen == ["mps state"]
+
+
+def test_only_cuda_pins_memory_and_only_cpu_and_cuda_fuse(go, monkeypatch):
+    with torch.device("meta"): model = LanguageModel(SMALL)
+    assert not make_optimizer(model, TrainingConfig()).defaults["fused"]
+    assert make_optimizer(tiny(), TrainingConfig()).defaults["fused"]
