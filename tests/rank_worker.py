@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from fork_server import CONFIG, MODEL, TEXTS
 
-from optimus import LanguageModel, ModelConfig, TrainingConfig, train, training
-from optimus.checkpoint import CheckpointError
+from optimus import LanguageModel, ModelConfig, TrainingConfig, distributed, train, training
+from optimus.checkpoint import CheckpointError, load_checkpoint
 from optimus.data import batches, train_tokenizer
 from optimus.distributed import DDPRanks, FSDPRanks, join, starts_before
 from optimus.transformer import MLATransformerBlock
@@ -163,7 +163,13 @@ def run(folder: Path, job: dict) -> dict:
         last_rank = RANK == int(os.environ.get("WORLD_SIZE", 1)) - 1
         return last_rank and row["step"] == job.get("stop")  # the wish of one rank is enough
 
+    read = []  # checkpoints that this rank has opened
+
+    def reading(path, **how):
+        read.append(str(path))
+        return load_checkpoint(path, **how)
     changes = FAULTS[job["fault"]]() if job.get("fault") else []
+    changes = [*changes, (training, "load_checkpoint", reading), (distributed, "load_checkpoint", reading)]
     with planted(changes + (COUNTED if job.get("count") else [])):
         try: result = train(model, config, resume=job.get("resume", False) or starts_before() > 0,
                             corpus={"text": TEXTS}, tokenizer=train_tokenizer(TEXTS, 280), progress=False,
@@ -178,7 +184,28 @@ def run(folder: Path, job: dict) -> dict:
             "validation": [row["validation_loss"] for row in rows if "validation_loss" in row],
             "weights": torch.cat([p.detach().flatten() for p in model.parameters()]).tolist(),
             "stopped_by": result.stopped_by, "checkpoint": str(result.checkpoint), "state": state["run"],
-            "exchanges": exchanges, "streams": streams, "process": os.getpid()}
+            "exchanges": exchanges, "streams": streams, "process": os.getpid(), "read": len(read)}
+
+
+class Local(Exception):
+    """An error that cannot travel: it is built from other things than its words."""
+    def __init__(self, a, b): super().__init__(f"{a} and {b}")
+
+
+ODD = [KeyError("x"), OSError(2, "missing", "a.txt"), json.JSONDecodeError("bad", "{", 1),
+       ValueError("two", 2), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+       CheckpointError("no"), Local(1, 2)]
+
+
+def errors(parallel: str) -> list:
+    """What each rank sees of errors that happen on rank 0: [type, words, who tells it]."""
+    spread, seen = join(parallel), []
+    for error in ODD:
+        def fail(error=error): raise error
+        try: spread.first(fail)
+        except Exception as seen_here:
+            seen.append([type(seen_here).__name__, str(seen_here), seen_here.told])
+    return seen
 
 
 def main():
@@ -186,6 +213,7 @@ def main():
     torch.set_num_threads(1)
     folder, plan = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     results = {job["name"]: run(folder, job) for job in plan}
+    results["errors"] = errors(plan[0]["settings"]["parallel"])
     (folder / f"rank-{RANK}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 

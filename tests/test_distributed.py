@@ -3,7 +3,6 @@
 Two real ranks under torchrun with gloo train the tiny model of fork_server.py. Starting them is slow, so one
 start serves the runs of a whole plan; each test looks at the runs it is for.
 """
-import functools
 import json
 import math
 import os
@@ -16,13 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from fork_server import TEXTS
+from rank_worker import ODD
 from rank_worker import run as run_job
 
-from optimus import ModelConfig, TrainingConfig, train
+from optimus import ModelConfig, TrainingConfig, cli, train
 from optimus.checkpoint import load_checkpoint, problem, step_folders
-from optimus.distributed import Words, bytes_sent_per_rank, join, memory_per_rank, portable, starts_before
-from optimus.training import ONE_PROCESS
+from optimus.distributed import bytes_sent_per_rank, join, memory_per_rank, portable
+from optimus.training import ONE_PROCESS, OneProcess
 
 ROOT = Path(__file__).resolve().parent.parent
 DDP, FSDP, DROPOUT = dict(parallel="ddp"), dict(parallel="fsdp"), dict(dropout=0.2)
@@ -262,19 +262,32 @@ def test_a_killed_rank_and_memory_lost_in_backward_start_all_again(tmp_path, sin
     assert [p.name[-2:] for p in step_folders(saved)][-1] == "20"
 
 
-def test_an_error_travels_as_it_is_or_at_least_with_its_words(monkeypatch):
-    odd = [KeyError("x"), OSError(2, "missing", "a.txt"), json.JSONDecodeError("bad", "{", 1),
-           UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")]
+@pytest.mark.slow
+@BOTH
+def test_an_error_travels_as_it_is_or_at_least_with_its_words(ranks, kind):
+    """Errors of rank 0, as both ranks have seen them; rank 0 tells them, the other is silent."""
+    first, second = (result["errors"] for result in ranks(kind)[1])
+    wanted = [[type(e).__name__, str(e)] for e in ODD[:-1]] + [["RuntimeError", "Local: 1 and 2"]]
+    assert [told[:2] for told in first] == [told[:2] for told in second] == wanted
+    assert not any(told[2] for told in first) and all(told[2] for told in second)
 
-    class Local(Exception): pass
-    def overwrite(sent, answer, **how): answer[:] = [None, sent]
-    words = Words.__new__(Words)
-    words.rank, words.words = 1, None
-    for error, told in [(e, e) for e in odd] + [(Local("here only"), RuntimeError("Local: here only"))]:
-        sent = ForkingPickler.loads(pickle.dumps(portable(error)))  # what rank 0 would send
-        monkeypatch.setattr(dist, "broadcast_object_list", functools.partial(overwrite, sent))
-        with pytest.raises(type(told)) as raised: words.first(None)
-        assert str(raised.value) == str(told) and raised.value.told
+
+@pytest.mark.parametrize("error", ODD[:-1], ids=lambda e: type(e).__name__)
+def test_what_is_portable_is_itself_on_the_other_side(error):
+    there = ForkingPickler.loads(pickle.dumps(portable(error)))
+    assert (type(there), str(there)) == (type(error), str(error))
+
+
+def test_an_error_that_cannot_travel_is_told_in_its_words():
+    with pytest.raises(TypeError): pickle.loads(pickle.dumps(ODD[-1]))  # noqa: S301  what portable is for
+    assert repr(portable(ODD[-1])) == "RuntimeError('Local: 1 and 2')"
+
+
+@pytest.mark.slow
+@BOTH
+def test_on_resume_rank_0_alone_opens_the_checkpoint(ranks, kind):
+    first, second = ranks(kind)[1]
+    for name in ("dropout to 20", "from 1 rank"): assert (first[name]["read"], second[name]["read"]) == (1, 0)
 
 
 # The command line
@@ -314,10 +327,24 @@ def test_train_without_its_ranks_is_refused(tmp_path):
         TrainingConfig(parallel="zero")
 
 
-def test_a_second_start_by_torchrun_is_noticed(monkeypatch):
-    assert not starts_before()
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert starts_before() == 1
+def test_a_run_that_torchrun_starts_again_goes_on_and_one_process_begins_anew(tmp_path, monkeypatch, capsys):
+    """The command's two starts, with ranks that note the run's name as torchrun's store would."""
+    class Noting(OneProcess):
+        def note(self, run_name): notes.append(run_name)
+        def noted(self): return notes[-1] if notes else None
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPTIMUS_CACHE", str(tmp_path / "cache"))
+    Path("text.txt").write_text("\n<|endoftext|>\n".join(TEXTS))
+    words = ["train", "--preset", "tiny", "--corpus", "text.txt", "--model.vocab-size", "300",
+             "--training.max-length", "16", "--training.max-steps"]
+    notes, started = [], []
+    for spread, steps, restarts in ((Noting(), 1, None), (Noting(), 2, "1"), (ONE_PROCESS, 1, "2")):
+        monkeypatch.setattr("optimus.distributed.join", lambda parallel, spread=spread: spread)
+        if restarts: monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        assert cli.main([*words, str(steps)]) == 0
+        started.append(capsys.readouterr().out.split(":")[0])
+    assert started[1] == "continuing checkpoints/run-001" and started[0] == started[2] != started[1]
+    assert [step_folders(f"checkpoints/run-00{n}")[-1].name[-1] for n in (1, 2)] == ["2", "1"]
 
 
 @pytest.mark.parametrize("environment, words", [
