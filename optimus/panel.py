@@ -15,13 +15,16 @@ Text is shown as text whatever it holds (`html.escape`), in whole characters, at
 __all__ = ['VISIBLE', 'SHADES', 'WIDE', 'EVEN', 'GIVEN', 'COPY', 'STYLE', 'entropy_bits', 'NextToken', 'likeliest', 'one_thread',
            'next_token', 'token_label', 'percent', 'summary', 'bars_html', 'Piece', 'shade', 'thoughts', 'page_html',
            'Draft', 'Worker', 'WholeNumber', 'slider', 'Lane', 'NextTokenView', 'find_choices', 'open_choice',
-           'legend_html', 'PanelWidgets', 'Screen', 'Writing', 'Running', 'Choosing', 'GenerationPanel',
-           'in_every_panel', 'stop_on_interrupt', 'interrupted', 'after_cell']
+           'legend_html', 'weakly', 'on_event', 'notebook_shell', 'cell_under_way', 'let_go', 'close_parts',
+           'PanelWidgets', 'Screen', 'Writing', 'Running', 'Choosing', 'GenerationPanel', 'take_place', 'stop_all',
+           'hear_interrupts', 'stop_on_interrupt', 'end_all_runs']
 
 # %% ../notebooks/16_generation_panel.ipynb #771a9533
+import atexit
 import html
 import math
 import random
+import signal
 import sys
 import threading
 import time
@@ -40,7 +43,7 @@ from .checkpoint import CheckpointError, latest_checkpoint, step_folders
 from .data import load_tokenizer, shipped_models
 from .generation import (Sampler, check_settings, encode_prompt, next_piece, next_token_probabilities)
 from .training import best_device
-from .transformer import LanguageModel
+from .transformer import LanguageModel, widened_on_cpu
 
 # %% ../notebooks/16_generation_panel.ipynb #9e5302d3
 def entropy_bits(probabilities: Tensor) -> float:
@@ -302,7 +305,8 @@ def find_choices(folders: Iterable[str | Path]) -> dict[str, tuple[str, Path | N
 def open_choice(kind: str, folder: Path):
     """(model, tokenizer) of a shipped model or of the newest sound checkpoint of a run."""
     if kind == "run": folder = latest_checkpoint(folder) or folder
-    return LanguageModel.from_pretrained(folder).to(best_device()), load_tokenizer(folder)
+    model = widened_on_cpu(LanguageModel.from_pretrained(folder).to(best_device()))
+    return model, load_tokenizer(folder)
 
 # %% ../notebooks/16_generation_panel.ipynb #6172fd0a
 COPY = """<button class="jupyter-widgets jupyter-button widget-button" title="copy the text shown"
@@ -319,6 +323,45 @@ def legend_html() -> str:
     keys = "".join(f'<span class="k{i}">{name}</span>' for i, (_, name) in enumerate(SHADES))
     return ('<div class="optimus-legend"><span><b>Bold</b>: the prompt. Tint: the model gave the token</span>'
             f"{keys}</div>")
+
+# %% ../notebooks/16_generation_panel.ipynb #07286ef6
+def weakly(method: Callable) -> Callable:
+    """A callback that does nothing once the object of `method` is gone, and does not keep it alive."""
+    held = weakref.WeakMethod(method)
+    def call(*arguments):
+        if (method := held()) is not None: method(*arguments)
+    return call
+
+def on_event(method: Callable) -> Callable:
+    """The same as a callback whose one argument says what happened, which is not handed on."""
+    call = weakly(method)
+    return lambda _: call()
+
+def notebook_shell():
+    """IPython's shell, None without one."""
+    return sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+
+def cell_under_way() -> tuple[str, str] | None:
+    """A running notebook cell: its id (else its code), and which run of it this is. None outside a kernel."""
+    kernel = getattr(notebook_shell(), "kernel", None)
+    if kernel is None: return None
+    parent = kernel.get_parent("shell") or {}
+    cell = parent.get("metadata", {}).get("cellId") or parent.get("content", {}).get("code", "")
+    return cell, parent.get("header", {}).get("msg_id", "")
+
+# %% ../notebooks/16_generation_panel.ipynb #9de0ddb8
+def let_go(widget: widgets.Widget):
+    """Take a widget out of what ipywidgets keeps for ever. Outside a kernel no page can ask for it."""
+    widgets.widget._instances.pop(widget.model_id, None)
+    if widget.comm is not None: widget.comm.on_msg(weakly(widget._handle_msg))
+
+def close_parts(widget: widgets.Widget):
+    """Close all widgets below this one, their layouts and styles too."""
+    for part in getattr(widget, "children", ()):
+        close_parts(part)
+        part.close()
+    for name in ("layout", "style"):
+        if isinstance(part := getattr(widget, name, None), widgets.Widget): part.close()
 
 # %% ../notebooks/16_generation_panel.ipynb #91de6a6b
 STYLE = """<style>
@@ -435,7 +478,7 @@ class PanelWidgets(widgets.VBox):
         self.refresh_button = Button(description="↻", tooltip="look for new checkpoints")
         self.refresh_button.add_class("optimus-small")
         self.status, self.message = widgets.HTML(), widgets.HTML()
-        self.view = NextTokenView(self.pick)
+        self.view = NextTokenView(weakly(self.pick))
         super().__init__(self.arranged())
         self.add_class("optimus-panel")
 
@@ -515,7 +558,7 @@ class Writing(Screen):
     def __init__(self, model, tokenizer):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
-        self.running, self.stopping, self.worker = False, threading.Event(), Worker(self.fail)
+        self.running, self.stopping, self.worker = False, False, Worker(self.fail)
 
     def fail(self, error: Exception):
         plain = isinstance(error, (ValueError, OSError, CheckpointError))
@@ -556,7 +599,7 @@ class Running(Writing):
         with self.worker.lock:
             if self.running: return
             self.running = True
-        self.stopping.clear()
+        self.stopping = False
         self.show_running()
         self.worker.submit("run", lambda: self.run(fresh))
 
@@ -582,14 +625,14 @@ class Running(Writing):
         going, written, began = list(lanes), 0, time.perf_counter()
         for _ in range(most):
             for lane in list(going):
-                if self.stopping.is_set(): return
+                if self.stopping: return
                 if not lane.draft.write(lane.settings()): going.remove(lane)
                 written += 1
             if not going: return
             self.rate = written / (time.perf_counter() - began)
             self.draw(final=False)
 
-    def stop(self): self.stopping.set()
+    def stop(self): self.stopping = True  # without a lock: an interrupt may have come while it was held
 
     def clear(self):
         self.stop()
@@ -660,10 +703,14 @@ class Choosing(Running):
         self.prepare()
 
     def close(self):
-        if hasattr(self, "worker"):  # missing when the arguments were refused
-            self.stop()
-            self.worker.join(5)
+        """End the run and its thread, and let go of widgets, models and texts."""
+        if not hasattr(self, "worker"): return super().close()  # the arguments were refused
+        self.stop()
+        self.worker.join(5)
         super().close()
+        for lane in self.lanes: lane.draft = lane.now = None
+        self.model, self.given = None, (None, None)
+        close_parts(self)
 
 # %% ../notebooks/16_generation_panel.ipynb #27fd9a04
 class GenerationPanel(Choosing):
@@ -678,28 +725,30 @@ class GenerationPanel(Choosing):
     everyone: "weakref.WeakSet[GenerationPanel]" = weakref.WeakSet()
 
     def __init__(self, model, tokenizer, prompt: str = "", folders: Iterable[str | Path] = ("checkpoints",)):
-        in_every_panel(Running.stop)
-        in_every_panel(lambda panel: panel.join(5))
+        stop_all()
+        for panel in list(self.everyone): panel.join(5)
         super().__init__(model, tokenizer)
+        take_place(self)
         self.given, self.opened, self.folders = (model, tokenizer), GIVEN, list(folders)
         self.find_checkpoints()
         self.prompt.value = prompt
         self.connect()
-        self.everyone.add(self)
-        stop_on_interrupt()
         self.show_compare()
 
     def connect(self):
-        for button, act in ((self.generate_button, lambda: self.start(fresh=True)),
-                            (self.continue_button, lambda: self.start(fresh=False)),
+        for button, act in ((self.generate_button, self.generate), (self.continue_button, self.go_on),
                             (self.stop_button, self.stop), (self.clear_button, self.clear),
                             (self.dice_button, self.throw), (self.refresh_button, self.find_checkpoints)):
-            button.on_click(lambda _, act=act: act())
+            button.on_click(on_event(act))
         for control, act in ((self.prompt, self.begin), (self.compare, self.show_compare),
                              (self.checkpoint, self.choose)):
-            control.observe(lambda _, act=act: act(), "value")
+            control.observe(on_event(act), "value")
+        moved = weakly(self.moved)
         for lane in self.lanes:
-            for control in lane.controls: control.observe(lambda _, lane=lane: self.moved(lane), "value")
+            for control in lane.controls: control.observe(lambda _, lane=lane: moved(lane), "value")
+
+    def generate(self): self.start(fresh=True)
+    def go_on(self): self.start(fresh=False)
 
     @property
     def written(self) -> str:
@@ -709,19 +758,45 @@ class GenerationPanel(Choosing):
 
     def throw(self): self.seed.value = random.SystemRandom().randrange(100_000)
 
+# %% ../notebooks/16_generation_panel.ipynb #b68bbefd
+def take_place(panel: GenerationPanel):
+    """Close the panel that an earlier run of the same cell made; let nobody keep this one but its owner."""
+    panel.cell = cell_under_way()
+    for old in list(panel.everyone) if panel.cell else ():
+        if old.cell and old.cell[0] == panel.cell[0] and old.cell[1] != panel.cell[1]: old.close()
+    if panel.cell is None: let_go(panel)
+    panel.everyone.add(panel)
+    stop_on_interrupt()
+
 # %% ../notebooks/16_generation_panel.ipynb #2c210392
-def in_every_panel(stop: Callable[["GenerationPanel"], None]):
-    for panel in list(GenerationPanel.everyone): stop(panel)
+def stop_all(number: int = 0, frame=None):
+    """Stop every run without waiting for it; may be called as the handler of a signal."""
+    for panel in list(GenerationPanel.everyone): panel.stop()
+
+def hear_interrupts(cell=None):
+    """From now on an interrupt stops all runs, and then does what it did before."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread(): return  # only there may handlers be set
+    if not callable(before) or hasattr(before, "before"): return
+    def heard(number, frame):
+        stop_all()
+        before(number, frame)
+    heard.before = before
+    signal.signal(signal.SIGINT, heard)
 
 def stop_on_interrupt():
-    """In a notebook: an interrupt stops the runs, whether the kernel was idle or busy with a cell."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    kernel = getattr(shell, "kernel", None)
+    """An interrupt stops the runs wherever it arrives; in a notebook a busy kernel and an idle one."""
+    hear_interrupts()
+    kernel = getattr(notebook_shell(), "kernel", None)
     if not hasattr(kernel, "saved_sigint_handler"): return
-    if kernel.saved_sigint_handler is not interrupted: shell.events.register("post_run_cell", after_cell)
-    kernel.saved_sigint_handler = interrupted  # what ipykernel puts back when this cell is done
+    kernel.saved_sigint_handler = stop_all  # what ipykernel puts back when this cell is done
+    events = notebook_shell().events
+    known = events.callbacks["pre_run_cell"]
+    if hear_interrupts not in known: events.register("pre_run_cell", hear_interrupts)
 
-def interrupted(signal: int, frame): in_every_panel(Running.stop)
-
-def after_cell(result):
-    if isinstance(result.error_in_exec, KeyboardInterrupt): in_every_panel(Running.stop)
+# %% ../notebooks/16_generation_panel.ipynb #a3cae748
+@atexit.register
+def end_all_runs():
+    """Stop every run and wait for its thread, before Python takes things away under it."""
+    stop_all()
+    for panel in list(GenerationPanel.everyone): panel.worker.join(5)
