@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, tensor
 
 # %% ../notebooks/00_start_here.ipynb #40dcd970
 @dataclass(frozen=True)
@@ -241,11 +241,19 @@ def whole(random: torch.Generator, low: int, high: int) -> int:
 def ids(random: torch.Generator, high: int, *shape: int) -> Tensor:
     return torch.randint(high, shape, generator=random)
 
+def right_on(reference, *edges, tolerance=1e-4):
+    """A property: right on inputs that chance does not draw, such as outliers, ties, zeros and ends."""
+    def property(fn, *_):
+        for arguments in edges:
+            wrong = difference(fn(*copied(arguments)), reference(*copied(arguments)), tolerance)
+            if wrong: return f"{wrong}, for {shown(arguments)}"
+    return property
+
 # %% ../notebooks/00_start_here.ipynb #1fb26f81
 def softmax_loop(x):
     biggest = max(x.tolist())
     powers = [math.exp(v - biggest) for v in x.tolist()]
-    return torch.tensor([p / sum(powers) for p in powers])
+    return tensor([p / sum(powers) for p in powers])
 
 def sums_to_one(fn, x):
     total = float(fn(x).sum())
@@ -262,8 +270,14 @@ exercise("softmax", "00_start_here", "Turn the numbers x (V,) into probabilities
     hints=("e**x for each number, then divide by the sum.",
            "e**1000 is infinity. Softmax does not notice when a constant is taken from all numbers first: "
            "take away the largest."),
-    properties=(sums_to_one, survives_large_numbers),
+    properties=(right_on(softmax_loop,
+        (tensor([0.0, 1000.0, 0.0, 0.0]),), (tensor([-1000.0, -1001.0]),), (tensor([3.0, 3.0, 3.0]),),
+        (tensor([1000.0, 999.0, -1000.0]),)), sums_to_one, survives_large_numbers),
     mutants={
+        "kept below 80 by a clamp": lambda x: (x - x.mean()).clamp(max=80).softmax(0),
+        "the median taken away": lambda x: (x - x.median()).exp() / (x - x.median()).exp().sum(),
+        "the first taken away": lambda x: (x - x[0]).exp() / (x - x[0]).exp().sum(),
+        "the mean taken away": lambda x: (x - x.mean()).exp() / (x - x.mean()).exp().sum(),
         "not divided": lambda x: (x - x.max()).exp(),
         "overflows": lambda x: x.exp() / x.exp().sum(),
         "mean instead of sum": lambda x: (x - x.max()).exp() / (x - x.max()).exp().mean(),
@@ -283,7 +297,12 @@ exercise("surprise", "00_start_here",
     surprise_loop, inputs=lambda random, n: (3 * randn(random, n + 1), whole(random, 0, n)),
     hints=("-log(softmax(logits)[target]).",
         "logits.logsumexp(0) - logits[target] is the same, and never log(0)."),
+    properties=(right_on(surprise_loop,
+        (tensor([0.0, 1000.0]), 0), (tensor([-1000.0, -1001.0, -1000.0]), 1), (tensor([7.0]), 0)),),
     mutants={
+        "powers that overflow": lambda logits, target: logits.exp().sum().log() - logits[target],
+        "a little added before the log": lambda logits, target: -(logits.softmax(0)[target] + 1e-7).log(),
+        "log of 0": lambda logits, target: -logits.softmax(0)[target].log(),
         "sign": lambda logits, target: logits.log_softmax(0)[target],
         "bits": lambda logits, target: -logits.log_softmax(0)[target] / math.log(2),
         "the probability itself": lambda logits, target: logits.softmax(0)[target],
@@ -299,7 +318,9 @@ exercise("perplexity", "00_start_here",
     "From the losses (N,) of N predictions, in nats, the perplexity: e to the power of the mean loss.",
     perplexity_loop, inputs=lambda random, n: (3 * rand(random, n),),
     hints=("One mean, one exp, in this order.",),
+    properties=(right_on(perplexity_loop, (tensor([0.0, 0.0, 12.0]),), (tensor([0.0]),)),),
     mutants={
+        "the median": lambda losses: losses.median().exp(),
         "mean of the powers": lambda losses: losses.exp().mean(),
         "power of the sum": lambda losses: losses.sum().exp(),
         "base two": lambda losses: 2 ** losses.mean(),
@@ -421,8 +442,12 @@ exercise("layer_norm", "02_rmsnorm",
     layer_norm_loop, tolerance=1e-3,
     inputs=lambda random, n: (3 * randn(random, n, 2, n + 2) * 10.0 ** whole(random, -3, 1) + 1,),
     hints=("It is RMSNorm of something simple.", "Take the mean away, then F.rms_norm with eps=1e-5."),
-    properties=(forgets_shift,),
+    properties=(right_on(layer_norm_loop,
+        (tensor([[3000.0, 3001.0, 3003.0]]),), (tensor([[5.0, 5.0]]),), tolerance=1e-2), forgets_shift,),
     mutants={
+        "root of eps added to the deviation": lambda x: normed(x, eps=1e-5**0.5, outside=True),
+        "mean of squares minus square of the mean": lambda x: (x - x.mean(-1, keepdim=True)) / (
+            x.pow(2).mean(-1, keepdim=True) - x.mean(-1, keepdim=True).pow(2) + 1e-5).abs().sqrt(),
         "RMSNorm": lambda x: F.rms_norm(x, x.shape[-1:], eps=1e-5),
         "unbiased variance": lambda x: normed(x, unbiased=True),
         "no eps": lambda x: normed(x, eps=0.0),
@@ -453,8 +478,12 @@ exercise("fold_gain", "02_rmsnorm",
     fold_gain_loop, inputs=lambda random, n: (randn(random, n, n), rand(random, n) + 0.5),
     hints=("The gain multiplies input c, and column c of the weight is what meets it.",
            "Broadcasting over the last axis multiplies columns."),
-    properties=(same_layer,),
+    properties=(right_on(fold_gain_loop,
+        (tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), tensor([-2.0, 0.0]))), same_layer,),
     mutants={
+        "by its logarithm": lambda weight, gain: weight * gain.log().exp(),
+        "root of its square": lambda weight, gain: weight * gain.pow(2).sqrt(),
+        "the sign of the gain lost": lambda weight, gain: weight * gain.abs(),
         "rows instead of columns": lambda weight, gain: weight * gain[:, None],
         "divided": lambda weight, gain: weight / gain,
         "a matrix product": lambda weight, gain: weight @ torch.outer(gain, gain),
@@ -523,13 +552,18 @@ def reglu_loop(x, gate, up, down):
         h = [max(0.0, sum(map(float.__mul__, g, v))) * sum(map(float.__mul__, u, v)) for g,
             u in zip(gate.tolist(), up.tolist())]
         return [sum(map(float.__mul__, row, h)) for row in down.tolist()]
-    return torch.tensor([layer(v) for v in x.flatten(0, -2).tolist()]).view(*x.shape[:-1], len(down))
+    return tensor([layer(v) for v in x.flatten(0, -2).tolist()]).view(*x.shape[:-1], len(down))
 
 exercise("reglu", "03_swiglu",
     "ReGLU: down(relu(gate(x)) * up(x)) for x (..., C), gate and up (hidden, C), down (C, hidden).",
     reglu_loop, inputs=mlp_inputs, tolerance=1e-3,
     hints=("F.linear(x, gate) is the gate's product.", "relu on the gate only; multiply; then down."),
+    properties=(right_on(reglu_loop,
+        (tensor([[-200.0, 300.0]]), tensor([[1.0, 0.0], [0.0, 1.0]]), tensor([[1.0, 1.0], [0.0, 1.0]]),
+            tensor([[1.0, 1.0]]))),),
     mutants={
+        "leaky": gated(F.leaky_relu),
+        "a hundred at most": gated(lambda z: z.clamp(0, 100)),
         "silu": gated(F.silu), "relu on the other half": gated(swap=True),
             "relu on both": gated(hold_up=True),
         "no gate": lambda x, gate, up, down: F.linear(F.relu(F.linear(x, up)), down),
@@ -567,7 +601,12 @@ exercise("fused_swiglu", "03_swiglu",
         2 * n)),
     hints=("One product gives both: F.linear(x, gate_up).",
         "chunk(2, dim=-1) gives gate and up, in this order."),
+    properties=(right_on(swiglu_loop,
+        (tensor([[150.0], [-150.0]]), tensor([[1.0], [1.0]]), tensor([[1.0]]))),),
     mutants={
+        "leaky": fused(act=lambda z: torch.where(z > -20, F.silu(z), 0.01 * z)),
+        "cut off at 20": fused(act=lambda z: F.silu(z.clamp(max=20))),
+        "infinity over infinity": fused(act=lambda z: z * z.exp() / (1 + z.exp())),
         "halves swapped": fused("swapped"), "every other row": fused("every other"),
             "relu": fused(act=F.relu),
         "sigmoid": fused(act=torch.sigmoid), "gelu": fused(act=F.gelu),
@@ -636,7 +675,7 @@ exercise("bytes_per_token", "04_attention",
 
 # %% ../notebooks/00_start_here.ipynb #17ee1b86
 def window_mask_loop(pos, S, window):
-    return torch.tensor([[p - window < s <= p for s in range(S)] for p in pos.tolist()])
+    return tensor([[p - window < s <= p for s in range(S)] for p in pos.tolist()])
 
 def sees_itself(fn, pos, S, window):
     mask = fn(pos, S, window)
@@ -660,8 +699,11 @@ exercise("window_mask", "04_attention",
         whole(random, 1, n)),
     hints=("Two comparisons of arange(S) with pos[:, None], joined by &.",
         "With window 1 a query sees only itself."),
-    properties=(sees_itself,),
+    properties=(right_on(window_mask_loop,
+        (tensor([0, 4]), 5, 100), (tensor([2, 2, 3]), 4, 2)), sees_itself,),
     mutants={
+        "positions without repeats": lambda pos, S, w: band(torch.cat([pos.unique(), pos])[:len(pos)], S,
+            w - 1),
         "causal only": lambda pos, S, w: band(pos, S, S),
         "one too many": lambda pos, S, w: band(pos, S, w),
         "one too few": lambda pos, S, w: band(pos, S, w - 2),
@@ -702,8 +744,15 @@ exercise("attend_online", "04_attention",
     hints=("Keep a running maximum m, a sum z of exp(score - m), and a weighted sum y.",
            "When the maximum rises from m to m2, multiply z and y by exp(m - m2).",
            "Scores are divided by sqrt(D); the answer is y / z."),
-    properties=(survives_large_scores,),
+    properties=(right_on(one_query_loop,
+        (tensor([-100.0]), tensor([[10.0], [11.0]]), tensor([[1.0], [2.0]])), (tensor([1.0]),
+            tensor([[2.0]] * 3),
+        tensor([[1.0], [2.0], [6.0]])), (tensor([1.0]), tensor([[0.0], [500.0]]), tensor([[1.0], [2.0]]))),
+            survives_large_scores,),
     mutants={
+        "the maximum begins at 0": lambda q, k, v: online()(q, torch.cat([0 * k[:1], k]),
+            torch.cat([0 * v[:1], v])) * (
+            1 + (-(k @ q * len(q) ** -0.5).logsumexp(0)).exp()),
         "no 1/sqrt(D)": online(scale=1.0), "z not rescaled": online(rescale_z=False),
         "y not rescaled": online(rescale_y=False), "no maximum": online(maximum=False),
         "not divided by z": online(divide=False),
@@ -834,6 +883,10 @@ def forgets_and_keeps(fn, cache, n):
     if not torch.equal(after.slots[:kept], before[:kept]):
         return "the tokens before must stay; yours changed them"
 
+def to_the_ends(fn, cache, n):
+    for n in (0, cache.length):
+        if sentence := forgets_and_keeps(fn, copied(cache), n): return sentence
+
 def rewind_reference(cache, n):
     cache.length -= n
     return cache
@@ -847,8 +900,10 @@ exercise("rewind", "06_kv_cache", "rewind(cache, n): forget the last n tokens of
     rewind_reference, judged_by_properties=True, changes_input=True,
     inputs=lambda random, n: (SmallCache(randn(random, 2 * n + 4, 3), n + 2), whole(random, 1, n + 1)),
     hints=("Slots from length on are never read.", "One subtraction."),
-    properties=(forgets_and_keeps,),
+    properties=(forgets_and_keeps, to_the_ends),
     mutants={
+        "one at least is forgotten": lambda c, n: rewound(c, c.length - max(1, n)),
+        "at least one stays": lambda c, n: rewound(c, max(1, c.length - n)),
         "everything": lambda c, n: rewound(c, 0), "keeps n": lambda c, n: rewound(c,
             n if 2 * n != c.length else 0),
         "one too few": lambda c, n: rewound(c, c.length - n + 1),
@@ -882,7 +937,7 @@ exercise("chunk_mask", "06_kv_cache",
 def ring_loop(pos, W):
     held = [-1] * W
     for p in range(int(pos[-1]) + 1): held[p % W] = p
-    return torch.tensor([int(p) % W for p in pos]), torch.tensor(held)
+    return tensor([int(p) % W for p in pos]), torch.tensor(held)
 
 def ringed(slots=None, held=None):
     """A ring for mutants."""
@@ -902,7 +957,10 @@ exercise("ring", "06_kv_cache",
     inputs=lambda random, n: (torch.arange(4), 8) if n == 4 else  # slots that were never written
         (torch.arange(n) + whole(random, 0, 3 * n), max(2, n + whole(random, -2, 4))),
     hints=("Position p goes to slot p % W.", "Slot s holds the newest position that is s modulo W."),
+    properties=(right_on(ring_loop,
+        (tensor([5]), 1), (tensor([2, 3, 4, 5, 6, 7, 8]), 2)),),
     mutants={
+        "a ring of two at least": lambda pos, W: ringed()(pos, max(2, W)),
         "slots are positions": ringed(slots=lambda pos, W: pos.clone()),
         "slots counted from 0": ringed(slots=lambda pos, W: torch.arange(len(pos)) % W),
         "off by one": ringed(slots=lambda pos, W: (pos + 1) % W),
@@ -924,6 +982,7 @@ exercise("ffn_width", "07_config",
     inputs=lambda random, n: (97, 1) if n == 2 else (96 * whole(random, 1, n), whole(random, 1, 4)) if n == 3
         else (whole(random, n, 240 * n), whole(random, 2, 9) / 2),
     hints=("Two thirds first, then rounding up.", "64 * math.ceil(2 * mlp_ratio * embedding_dim / 3 / 64)."),
+    properties=(right_on(ffn_width_loop, (96, 1), (96, 4), (1, 1), (768, 4), (33, 0.5)),),
     mutants={
         "rounded down": lambda c, m: 64 * (2 * m * c // 3 // 64),
         "rounded down, then up": lambda c, m: 64 * math.ceil(2 * m * c // 3 / 64),
@@ -950,7 +1009,11 @@ exercise("largest_batch", "07_config",
                                   9 * n) + p * whole(random, 0, n)),
     hints=("What is left after the fixed part, divided, rounded down.",
         "And when even the fixed part does not fit?"),
+    properties=(right_on(largest_batch_loop, (100, 7, 121), (100, 7, 100), (100, 7, 99), (100, 7, 0), (0,
+        5, 14)),),
     mutants={
+        "nothing fixed, nothing fits": lambda f, p, m: max(0, (m - f) // p) if f else 0,
+        "something must stay free": lambda f, p, m: max(0, (m - f - 1) // p),
         "rounded up": lambda f, p, m: max(0, -(-(m - f) // p)), "fixed part forgotten": lambda f, p,
             m: m // p,
         "negative when nothing fits": lambda f, p, m: (m - f) // p,
@@ -969,7 +1032,10 @@ exercise("decode_limit", "07_config",
     inputs=lambda random, n: (1000 * whole(random, 1, 90), whole(random, 10, 300), whole(random, 1, 40 * n),
         1e6),
     hints=("Bytes of one step: weights + context * per_token.", "Bandwidth over bytes is steps per second."),
+    properties=(right_on(lambda w, p, c, b: b / (w + p * c), (1000, 10, 0, 1e6), (1, 1, 1, 1.0)),),
     mutants={
+        "whole tokens": lambda w, p, c, b: b // (w + p * c),
+        "one token of context at least": lambda w, p, c, b: b / (w + p * max(1, c)),
         "seconds per token": lambda w, p, c, b: (w + p * c) / b, "cache forgotten": lambda w, p, c, b: b / w,
         "weights forgotten": lambda w, p, c, b: b / (p * c), "one token of cache": lambda w, p, c,
             b: b / (w + p),
@@ -983,7 +1049,9 @@ exercise("uniform_loss", "08_transformer",
     lambda vocab_size: -sum(math.log(1 / vocab_size) / vocab_size for _ in range(vocab_size)),
     inputs=lambda random, n: (whole(random, 2, 100 * n),),
     hints=("Each token has probability 1 / vocab_size.",),
+    properties=(right_on(lambda v: math.log(v), (1,), (2,), (77,)),),
     mutants={
+        "two tokens at least": lambda v: math.log(max(2, v)),
         "bits": lambda v: math.log2(v), "base ten": lambda v: math.log10(v),
             "negative": lambda v: -math.log(v),
         "the probability": lambda v: 1 / v, "one token less": lambda v: math.log(v - 1) if v > 2 else 0.3,
@@ -1063,8 +1131,15 @@ exercise("loss_in_parts", "08_transformer",
         ids(random, 41, 3 * n + 1), whole(random, 2, n + 2)),
     hints=("split hidden and targets into parts of rows.",
         "Add up sums, divide once by the number of tokens: the last part is shorter."),
-    properties=(holds_few_logits,),
+    properties=(right_on(lambda h, w, y, rows: sum(token_losses(h, w, y)) / len(y),
+        (100 + torch.arange(192.0).view(3, 64) / 64, torch.eye(41, 64), tensor([0, 0, 40]), 2),
+        (torch.ones(2, 64), torch.eye(41, 64), tensor([3, 3]), 7), tolerance=1e-3), holds_few_logits,),
     mutants={
+        "full parts only, rounded up": lambda h, w, y, rows: sum(F.cross_entropy(a @ w.T, b, reduction="sum")
+            for a, b in zip(h.split(rows), y.split(rows))) / (-(-len(y) // rows) * rows),
+        "powers that overflow": lambda h, w, y, rows: sum(
+            ((a @ w.T).exp().sum(-1).log() - (a * w[b]).sum(-1)).sum() for a, b in zip(h.split(rows),
+                y.split(rows))) / len(y),
         "all at once": lambda h, w, y, rows: F.cross_entropy(h @ w.T, y),
         "mean of the parts' means": lambda h, w, y, rows: torch.stack([
             F.cross_entropy(a @ w.T, b) for a, b in zip(h.split(rows), y.split(rows))]).mean(),
@@ -1146,10 +1221,17 @@ def merge_inputs(random, n):
 exercise("encode_word", "09_data",
     "Split word into characters, then replay merges, a list of pairs, in order: each joins every occurrence "
     "of its pair, from left to right.",
-    encode_word_loop, inputs=merge_inputs, properties=(joins_to_the_word,),
+    encode_word_loop, inputs=merge_inputs, properties=(right_on(encode_word_loop,
+        ("abaa", [("a", "b"), ("ab", "a"), ("a", "a")]), ("a", [("a", "a")]), ("aaaaa", [("a", "a"), ("aa",
+            "aa")]),
+        ("abab", []), ("xyx", [("x", "y")])), joins_to_the_word,),
     hints=("One loop over merges; in it, go through the symbols from left to right.",
            "After joining a pair go on behind it: in aaa the pair (a, a) occurs once."),
     mutants={
+        "a word of two letters at least": lambda word, merges: encode_word_loop(word,
+            merges) if len(word) > 1 else (),
+        "replaced in a text with spaces": lambda word, merges: tuple(functools.reduce(
+            lambda s, p: s.replace(" ".join(p), "".join(p)), merges, " ".join(word)).split(" ")),
         "characters only": lambda word, merges: tuple(word),
         "only the first occurrence": lambda word, merges: functools.reduce(
             lambda s, p: joined(s, p, once=True), merges, tuple(word)),
@@ -1179,7 +1261,11 @@ exercise("place", "09_data",
     place_loop, inputs=lambda random, n: (whole(random, 0, 3 * n), n + whole(random, 0, 3), 2 * n + 1),
     hints=("Number all sequences ever seen: the batch holds step * batch_size and those after it.",
         "divmod(i, n)."),
+    properties=(right_on(place_loop, (1, 7, 3), (2, 3, 1), (0, 1, 1), (2, 4, 4)),),
     mutants={
+        "an epoch has two sequences at least": lambda s, b, n: placed(range(s * b, (s + 1) * b), max(2, n)),
+        "one new epoch a batch at most": lambda s, b, n: [
+            (s * b // n + (i >= (s * b // n + 1) * n), i % n) for i in range(s * b, (s + 1) * b)],
         "steps from 1": lambda s, b, n: placed(range((s + 1) * b, (s + 2) * b), n),
         "the last batch of an epoch is cut": lambda s, b, n: [
             (s // max(1, n // b), s % max(1, n // b) * b + i) for i in range(b)],
@@ -1213,14 +1299,29 @@ def sorted_cut(rule):
         return torch.zeros(len(p), dtype=torch.bool).scatter(0, order, rule(p.cumsum(0), p, top_p))
     return nucleus
 
+def fewest_of_equals(fn, logits, top_p):
+    for n, p, fewest in ((4, 0.5, 2), (8, 0.125, 1), (4, 1.0, 4), (1, 0.5, 1)):
+        kept = int(fn(torch.zeros(n), p).sum())
+        if kept != fewest: return f"of {n} equals {fewest} reach {p}; yours keeps {kept}"
+    if fn(torch.tensor([0.0, 200.0, 0.0]), 0.9).tolist() != [False, True, False]:
+        return "a token with all the probability stays alone; yours does not leave it alone"
+
 exercise("nucleus", "10_sampling",
     "nucleus(logits, top_p): booleans (V,), True for the fewest likeliest tokens whose probabilities add up "
     "to at least top_p.",
     nucleus_loop, inputs=lambda random, n: (2 * randn(random, n + 1), 0.05 + 0.9 * float(rand(random, 1))),
     hints=("Sort the probabilities downward and add up.",
         "A token stays when the sum *before* it is less than top_p."),
-    properties=(reaches_p,),
+    properties=(fewest_of_equals, reaches_p,),
     mutants={
+        "never all": lambda logits, top_p: sorted_cut(lambda total, p,
+            t: (total - p < t) & (total < 1 - 1e-7) | (total == p))(
+            logits, top_p),
+        "two at least": lambda logits, top_p: sorted_cut(lambda total, p,
+            t: (total - p < t) | (total == total[min(1, len(p) - 1)]))(
+            logits, top_p),
+        "all that equal the last": lambda logits, top_p: logits >= logits[
+            sorted_cut(lambda total, p, t: total - p < t)(logits, top_p)].min(),
         "the one that crosses is dropped": sorted_cut(lambda total, p, top_p: total <= top_p),
         "one more than needed": sorted_cut(lambda total, p, top_p: total - p - torch.cat([p.new_zeros(1),
             p[:-1]]) < top_p),
@@ -1232,10 +1333,18 @@ exercise("nucleus", "10_sampling",
         "sorted upward": lambda logits, top_p: sorted_cut(lambda total, p, t: total - p < t)(-logits, top_p)})
 
 # %% ../notebooks/00_start_here.ipynb #a038a960
-exercise("greedy", "10_sampling", "For each row of logits (B, V) the id of the likeliest token: (B,).",
-    lambda logits: torch.tensor([max(range(len(row)), key=row.__getitem__) for row in logits.tolist()]),
+exercise("greedy", "10_sampling",
+    "For each row of logits (B, V) the id of the likeliest token, of equals the first: (B,).",
+    lambda logits: tensor([max(range(len(row)), key=row.__getitem__) for row in logits.tolist()]),
     inputs=lambda random, n: (randn(random, n, 2 * n + 3),), hints=("argmax along the last axis.",),
+    properties=(right_on(lambda x: tensor([row.index(max(row)) for row in x.tolist()]),
+        (tensor([[1.0, 3.0, 3.0, 3.0], [2.0, 2.0, 2.0, 2.0]]),), (tensor([[-5.0, -3.0, -3.0]]),),
+            (tensor([[7.0]]),),
+        (tensor([[-math.inf, -1e30, -1e30]]),)),),
     mutants={
+        "one of the equals": lambda x: (x == x.amax(-1, keepdim=True)).long().cumsum(-1).argmax(-1),
+        "nothing below 0": lambda x: x.clamp(min=0).argmax(-1),
+        "the last of equals": lambda x: x.shape[-1] - 1 - x.flip(-1).argmax(-1),
         "over the batch": lambda x: x.argmax(0), "over everything": lambda x: x.argmax(),
         "the least likely": lambda x: x.argmin(-1), "the logit, not the id": lambda x: x.max(-1).values,
         "the axis kept": lambda x: x.argmax(-1, keepdim=True), "the second": lambda x: x.topk(2).indices[:,
@@ -1245,7 +1354,7 @@ exercise("greedy", "10_sampling", "For each row of logits (B, V) the id of the l
 # %% ../notebooks/00_start_here.ipynb #c90f2bb2
 def entropy_loop(probabilities):
     rows = probabilities.tolist()
-    return torch.tensor([sum(-p * math.log(p) for p in row if p > 0) for row in rows])
+    return tensor([sum(-p * math.log(p) for p in row if p > 0) for row in rows])
 
 def filtered(random, n):
     p = (2 * randn(random, n, n + 3)).softmax(-1)
@@ -1257,9 +1366,14 @@ def survives_zeros(fn, p):
 
 exercise("entropy", "10_sampling", "The entropy of each row of probabilities, (B, V) -> (B,), in nats; 0 ln "
     "0 counts as 0.",
-    entropy_loop, inputs=filtered, properties=(survives_zeros,),
+    entropy_loop, inputs=filtered, properties=(right_on(entropy_loop, (tensor([[1.0, 0.0, 0.0]]),),
+        (tensor([[0.25] * 4]),), (tensor([[1.0]]),),
+        (tensor([[1 - 3e-4, 3e-4]]),)), survives_zeros,),
     hints=("Minus the sum of p ln p.", "torch.special.xlogy(p, p) is p ln p with 0 at 0."),
     mutants={
+        "over the logarithm of their number": lambda p: -torch.special.xlogy(p,
+            p).sum(-1) / math.log(p.shape[-1]),
+        "small ones left out": lambda p: -torch.where(p > 1e-3, torch.special.xlogy(p, p), 0.0).sum(-1),
         "nan at 0": lambda p: -(p * p.log()).sum(-1),
         "negative": lambda p: torch.special.xlogy(p, p).sum(-1),
         "bits": lambda p: -torch.special.xlogy(p, p).sum(-1) / math.log(2),
@@ -1315,7 +1429,10 @@ exercise("too_old", "11_checkpoints",
     "Which of the saved steps (ascending) may be deleted, when the newest keep_last and the step best must "
     "stay.",
     too_old_loop, inputs=saved_steps, hints=("steps[:-keep_last], without best.",),
+    properties=(right_on(too_old_loop, ([], 2, None), ([10], 1, 10), ([10, 20, 30], 3, 10), ([10, 20, 30],
+        1, None)),),
     mutants={
+        "best must be there": lambda s, k, b: [x for x in s[:-k] if x != b] if b in s else [],
         "counts from the end when more are kept than there are": lambda s, k,
             b: [x for x in s[:len(s) - k] if x != b],
         "best deleted": lambda s, k, b: s[:-k], "the oldest kept": lambda s, k,
@@ -1413,7 +1530,14 @@ def curves(random, n):
 exercise("first_difference", "11_checkpoints",
     "The index of the first step at which two loss curves of equal length differ in any bit, or -1.",
     first_difference_loop, inputs=curves, hints=("No tolerance: equal means equal.",),
+    properties=(right_on(first_difference_loop, ([1.0], [1.0]), ([1.0, 2.0], [1.0, 1.0]), ([math.inf],
+        [-math.inf]),
+        ([math.nan, 1.0], [math.nan, 2.0]), ([0.0, 1.0], [-0.0, 1.0])),),
     mutants={
+        "only finite ones": lambda a, b: next((i for i, (x, y) in enumerate(zip(a, b))
+            if math.isfinite(x + y) and struct.pack("d", x) != struct.pack("d", y)), -1),
+        "0 is -0": lambda a, b: next((i for i, (x, y) in enumerate(zip(a,
+            b)) if x != y and (x == x or y == y)), -1),
         "nan is not nan": lambda a, b: next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), -1),
         "with a tolerance": lambda a, b: next((i for i, (x, y) in enumerate(zip(a, b)) if not math.isclose(x,
             y)), -1),
@@ -1438,7 +1562,9 @@ exercise("warmup_only", "12_training",
     warmup_loop, inputs=lambda random, n: (whole(random, 0, 3 * n), whole(random, 0, 2 * n) if n > 1 else 0,
         0.1 + n / 10),
     hints=("peak * step / warmup_steps, at most peak.", "And without warmup?"),
+    properties=(right_on(warmup_loop, (0, 0, 1.0), (0, 5, 1.0), (5, 5, 1.0), (1, 1, 0.5), (10**6, 3, 0.5)),),
     mutants={
+        "reached one late": lambda s, w, p: p * min(1, s / w) if w > 1 else p * (s > w) if w else p,
         "divides by 0": lambda s, w, p: p * min(1, s / w), "never stops rising": lambda s, w,
             p: p * s / w if w else p,
         "begins at 1": lambda s, w, p: p * min(1, (s + 1) / w) if w else p,
@@ -1468,7 +1594,12 @@ exercise("clip", "12_training",
     clip_loop, inputs=gradient_list, tolerance=1e-3,
     hints=("The length of all is the root of the sum of all squares.",
         "One factor for all: min(1, limit / length)."),
+    properties=(right_on(clip_loop, ([tensor([[3.0, -4.0]])], 5.0), ([tensor([[0.0]]), tensor([[-6.0]])],
+        3.0), ([tensor([[0.0]])], 1.0),
+        tolerance=1e-3),),
     mutants={
+        "the sum of the entries": scaled_by(lambda g, all, limit: min(1.0, limit / max(1e-9,
+            abs(sum(x.sum() for x in all))))),
         "each on its own": scaled_by(lambda g, all, limit: min(1.0, limit / g.norm())),
         "0 / 0": scaled_by(lambda g, all, limit: min(length_of(all), limit) / length_of(all)),
         "short ones stretched": scaled_by(lambda g, all, limit: limit / length_of(all)),
@@ -1675,8 +1806,9 @@ exercise("slice_of", "14_scale_out",
         6][n % 4]) if n % 4 else (
         3, 12 * n, whole(random, 0, 1), 2),
     hints=("A rank's share is batch_size // ranks.", "It begins at step * batch_size + rank * share."),
-    properties=(disjoint_and_complete,),
+    properties=(right_on(slice_of_loop, (2, 12, 0, 1), (0, 6, 5, 6)), disjoint_and_complete,),
     mutants={
+        "alone it reads half": lambda s, b, r, n: slice_of_loop(s, b, r, max(2, n)),
         "every rank reads all": lambda s, b, r, n: list(range(s * b, (s + 1) * b)),
         "every rank reads the first share": lambda s, b, r, n: list(range(s * b, s * b + b // n)),
         "batch_size for each rank": lambda s, b, r, n: list(range((s * n + r) * b, (s * n + r + 1) * b)),
@@ -1696,7 +1828,11 @@ exercise("reduce_scatter", "14_scale_out",
     "piece): rank r has piece r of the sum.",
     reduce_scatter_loop, inputs=lambda random, n: (randn(random, n + 1, (n + 1) * n),),
     hints=("Add over ranks, then cut the sum.",),
+    properties=(right_on(reduce_scatter_loop, (tensor([[1.0, 2.0]]),), (tensor([[1.0, -1.0], [-1.0,
+        1.0]]),)),),
     mutants={
+        "two ranks at least": lambda v: v.sum(0).view(max(2, len(v)), -1),
+        "magnitudes": lambda v: v.abs().sum(0).view(len(v), -1),
         "all-reduce": lambda v: v.sum(0).expand(len(v), -1).clone(), "mean": lambda v: v.mean(0).view(len(v),
             -1),
         "only cut": lambda v: v.view(len(v), len(v), -1).diagonal().T.contiguous(),
@@ -1715,7 +1851,10 @@ exercise("global_mean", "14_scale_out",
     "nan, and counts nothing.",
     lambda means, counts: sum(m * c for m, c in zip(means, counts) if c) / sum(counts), inputs=uneven_ranks,
     hints=("Weight each mean by its count.", "nan * 0 is nan: leave such ranks out."),
+    properties=(right_on(lambda m, c: sum(a * n for a, n in zip(m, c) if n) / sum(c),
+        ([2.0, math.nan, 4.0], [1, 0, 3]), ([0.0], [5]), ([-1.0, 2.0], [3, 1])),),
     mutants={
+        "no loss is below 0": lambda m, c: sum(max(0, a) * n for a, n in zip(m, c) if n) / sum(c),
         "mean of the means": lambda m, c: sum(a for a, n in zip(m, c) if n) / sum(n > 0 for n in c),
         "nan": lambda m, c: sum(a * n for a, n in zip(m, c)) / sum(c),
         "divided by the ranks": lambda m, c: sum(a * n for a, n in zip(m, c) if n) / len(c),
@@ -1796,7 +1935,9 @@ exercise("even_length", "15_train_on_cuda",
     even_length_loop, inputs=lambda random, n: (100 * whole(random, 5 * n, 60 * n) + 7, whole(random, 10,
         90)),
     hints=("per_position * (T + 1) / 2 = matrices.",),
+    properties=(right_on(even_length_loop, (45, 10), (10, 10), (55, 10)),),
     mutants={
+        "not quite as many": lambda m, p: max(1, math.ceil(2 * m / p) - 2),
         "every token sees all": lambda m, p: int(m / p), "half of T": lambda m, p: int(2 * m / p),
         "rounded up": lambda m, p: math.ceil(2 * m / p - 1) + (2 * m % p == 0), "plus one": lambda m,
             p: int(2 * m / p + 1),
@@ -1812,7 +1953,9 @@ exercise("equal_choices", "16_generation_panel",
     "equal choices.",
     choices_loop, inputs=lambda random, n: (filtered(random, n)[0][0],),
     hints=("H = -sum of p log2 p.", "Entropy in nats to the base e gives the same number."),
+    properties=(right_on(choices_loop, (tensor([1.0, 0.0, 0.0]),), (tensor([0.25] * 4),), (tensor([1.0]),)),),
     mutants={
+        "between two at least": lambda p: max(2.0, choices_loop(p)),
         "nan at 0": lambda p: 2 ** -(p * p.log2()).sum(),
             "nats to the base two": lambda p: 2 ** -torch.special.xlogy(p, p).sum(),
         "the entropy": lambda p: -torch.special.xlogy(p, p).sum() / math.log(2),
@@ -1867,9 +2010,11 @@ def arrivals(random, n):
 exercise("drawings", "16_generation_panel",
     "A throttle. Tokens arrive at times (strictly ascending). The first is drawn at once; another only if at "
     "least interval has passed since the last drawing; the last always. Return the times of the drawings.",
-    drawings_loop, inputs=arrivals, properties=(ends_with_the_last,),
+    drawings_loop, inputs=arrivals, properties=(right_on(drawings_loop, ([0.0], 1.0), ([0.0, 0.5], 1.0),
+        ([0.0, 1.0, 1.5, 2.0], 1.0), ([-3.0, -2.5, 0.0], 0.5)), ends_with_the_last,),
     hints=("Compare with the last *drawing*, not with the last arrival.", "The last one is special."),
     mutants={
+        "time begins at 0": lambda t, w: drawings_loop([x for x in t if x >= 0], w),
         "the last forgotten": lambda t, w: drawings_loop([*t, 1e9], w)[:-1] if len(t) > 1 else [],
         "gap between arrivals": lambda t, w: [b for a, b in zip([-9.0, *t], t) if b - a >= w or b == t[-1]],
         "all": lambda t, w: list(t), "first and last": lambda t, w: [t[0], t[-1]] if len(t) > 1 else list(t),

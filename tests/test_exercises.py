@@ -231,6 +231,21 @@ def test_a_verdict_blames_the_answer_and_not_the_judge(name, fn, words):
     assert words in judge(EXERCISES[name], fn, 0)
 
 
+@pytest.mark.parametrize("name, fn, words", [
+    ("softmax", lambda x: (x - x.mean()).exp() / (x - x.mean()).exp().sum(), "nan, for .* 1000.0, "),
+    ("greedy", lambda x: x.shape[-1] - 1 - x.flip(-1).argmax(-1), "must be 0, yours is 3, for .*1.0, 3.0"),
+    ("nucleus", lambda x, p: x >= x.sort(descending=True).values[
+        (x.softmax(0).sort(descending=True).values.cumsum(0) < p - 1e-6).sum().clamp(max=len(x) - 1)],
+     "of 4 equals 2 reach 0.5; yours keeps 4"),
+    ("rewind", lambda cache, n: exercises.rewound(cache, max(1, cache.length - n)), "tokens 0 must be left"),
+    ("largest_batch", lambda f, p, m: max(0, (m - f - 1) // p), r"must return \d+, yours returned \d+"),
+])
+def test_what_chance_does_not_draw_is_asked_for_in_words(name, fn, words):
+    for seed in range(5):
+        verdict = judge(EXERCISES[name], fn, seed)
+        assert verdict and re.search(words, verdict), verdict
+
+
 @pytest.mark.parametrize("got, wanted, words", [
     (torch.zeros(2), torch.zeros(3), r"shape must be \(3,\)"), (1.0, torch.zeros(1), "return a tensor"),
     (torch.tensor([0.0, float("nan")]), torch.zeros(2), r"at \[1\]"), (torch.zeros(2, dtype=torch.bool),
