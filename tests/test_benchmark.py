@@ -278,6 +278,7 @@ def result():
     return result
 
 
+@pytest.mark.slow
 def test_bench_has_every_row_of_the_comparison(result):
     rows = {row["what"]: row for row in result["rows"]}
     for n in (64, 128): assert {"ours", "theirs", "ratio", "limit"} <= rows[f"decode at {n}, eager"].keys()

@@ -236,6 +236,7 @@ except CheckpointError as error: print(error)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [10_000, 500_000])  # in the weights, in the optimizer's state
 def test_a_full_disk_keeps_the_old_checkpoint_and_cleans_up(tmp_path, limit):
     (tmp_path / "tests_config.py").write_text(f"from optimus import ModelConfig\nCONFIG = {CONFIG!r}\n")
@@ -295,6 +296,7 @@ print(sorted(names))
 """
 
 
+@pytest.mark.slow
 def test_generation_opens_only_safetensors_and_json(run):
     command = [sys.executable, "-c", AUDIT, str(run / "step-00000003")]
     out = subprocess.run(command, capture_output=True, text=True)

@@ -130,6 +130,7 @@ def test_full_memory_ends_the_text_and_not_the_program(workplace, monkeypatch):
     with pytest.raises(RuntimeError, match="size"): workplace("generate", typed="the")  # our own mistakes
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_text_and_not_the_program(workplace):
     """In a terminal of its own, with a real Ctrl-C; arrow up brings the last line back."""
     fcntl, pty, termios = (pytest.importorskip(name) for name in ("fcntl", "pty", "termios"))
@@ -293,6 +294,7 @@ def test_what_torch_cannot_do_here_is_one_sentence(workplace, monkeypatch, error
     with pytest.raises(ZeroDivisionError): workplace("generate", "x")  # our own mistakes stay visible
 
 
+@pytest.mark.slow
 def test_a_terminal_without_the_characters_and_a_reader_that_goes_end_no_run(tmp_path):
     texts = [text + " ⛵ 船 é" for text in TEXTS]
     (tmp_path / "corpus.txt").write_text("\n<|endoftext|>\n".join(texts), encoding="utf-8")
@@ -427,6 +429,7 @@ def test_resume_without_a_run_is_refused_at_once(workplace, monkeypatch, preset)
     assert not Path("nothing").exists() and workplace("train", "--resume", "--help").returncode == 0
 
 
+@pytest.mark.slow
 def test_as_a_command(tmp_path):
     """The installed script and the module, in processes of their own."""
     script = Path(sys.executable).with_name("optimus")

@@ -447,6 +447,7 @@ def ask_for_wikipedia(**environment):
     return float(seconds), error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer", ["offline", "refused", "silent", "broken"])
 def test_an_unreachable_hub_is_an_error_within_five_seconds(answer):
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -865,6 +866,7 @@ def test_large_vocabularies_need_four_bytes(corpus, tokenizer, monkeypatch):
     assert prepare(corpus, tokenizer, 0.8).dtype == "uint32"
 
 
+@pytest.mark.slow
 def test_a_preparation_killed_half_way_is_done_again(tmp_path):
     code = """
 import time, datasets, optimus.data as d

@@ -40,6 +40,7 @@ def graphs(monkeypatch):
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @KINDS
 @pytest.mark.parametrize("rows", [1, 3])
 def test_every_step_gives_the_models_logits_across_buckets(kind, rows, graphs, monkeypatch):
@@ -56,6 +57,7 @@ def test_every_step_gives_the_models_logits_across_buckets(kind, rows, graphs, m
     assert graphs
 
 
+@pytest.mark.slow
 def test_it_compiles_twice_and_then_never_again(graphs, monkeypatch):
     monkeypatch.setattr(CompiledDecoder, "bucket", 5)
     decoder = CompiledDecoder(make())
@@ -65,6 +67,7 @@ def test_it_compiles_twice_and_then_never_again(graphs, monkeypatch):
     assert len(graphs) == 2  # the first length as a number, then any length
 
 
+@pytest.mark.slow
 @KINDS
 def test_it_takes_the_models_place_in_generate_even_past_the_context(kind, graphs):
     model = make(kind)
@@ -74,6 +77,7 @@ def test_it_takes_the_models_place_in_generate_even_past_the_context(kind, graph
     assert graphs
 
 
+@pytest.mark.slow
 def test_float32_weights_are_shared_and_the_model_is_left_alone(graphs):
     model = make().train()
     before = copy.deepcopy(model.state_dict())
@@ -85,6 +89,7 @@ def test_float32_weights_are_shared_and_the_model_is_left_alone(graphs):
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.slow
 @KINDS
 @pytest.mark.parametrize("tied", [True, False])
 def test_bfloat16_weights_are_the_rounded_model_computed_in_float32(kind, tied, graphs):
@@ -104,6 +109,7 @@ def test_bfloat16_weights_are_the_rounded_model_computed_in_float32(kind, tied, 
     assert (y[:, 0] - model(tokens)[:, -1]).abs().max() > 1e-3  # the rounding is there
 
 
+@pytest.mark.slow
 def test_too_much_is_refused_in_the_models_words(graphs):
     model = make()
     decoder, token = CompiledDecoder(model), torch.tensor([[1]])
@@ -215,6 +221,7 @@ def test_really_compiled_it_is_the_same():
     with torch.no_grad(): torch.testing.assert_close(steps, decoder(tokens), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("isolate_recompiles" not in inspect.signature(torch.compile).parameters,
                     reason="this torch counts the programs of all decoders together")
 def test_many_decoders_live_in_one_process(graphs):

@@ -167,6 +167,7 @@ def corpus(tmp_path):
     (tmp_path / "corpus.txt").write_text("\n<|endoftext|>\n".join(TEXTS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(tmp_path, corpus, number, code):
     child = run_cli(tmp_path, "train", *SMALL, "--training.max-steps", "100000")
@@ -193,6 +194,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(tmp_path, corpus, nu
         *steps, steps[-1] + 1]
 
 
+@pytest.mark.slow
 def test_killed_by_hand_and_resumed_shows_one_curve(tmp_path, corpus):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -213,6 +215,7 @@ def test_killed_by_hand_and_resumed_shows_one_curve(tmp_path, corpus):
     assert [e.step for e in events.Scalars("loss")] == list(range(1, 61))
 
 
+@pytest.mark.slow
 def test_when_every_checkpoint_is_damaged_the_command_fails(tmp_path, corpus):
     child = run_cli(tmp_path, "train", *SMALL, "--training.max-steps", "3")
     assert child.wait(timeout=60) == 0
@@ -226,6 +229,7 @@ def test_when_every_checkpoint_is_damaged_the_command_fails(tmp_path, corpus):
     assert len(step_folders(tmp_path / "checkpoints" / "run-001")) == 1
 
 
+@pytest.mark.slow
 def test_interrupting_a_notebook_cell_keeps_the_kernel_and_the_result(tmp_path, monkeypatch):
     import threading
 

@@ -539,6 +539,7 @@ print(json.dumps([answers, shown.getvalue(), "optimus" in sys.modules]))
 """
 
 
+@pytest.mark.slow
 def test_the_folder_opens_in_a_process_without_optimus(tmp_path, tokenizer, command):
     """Both kinds, and what `optimus export` writes, by the lines of the README."""
     names, models = ("mla", "gqa"), {}
@@ -594,6 +595,7 @@ def test_the_folder_holds_what_every_reader_looks_for(tmp_path, tokenizer):
         assert "optimus" not in json.dumps(written)
 
 
+@pytest.mark.slow
 def test_gpt2s_tokenizer_survives_under_both_kinds(tmp_path):
     tokenizer = load_tokenizer("gpt2")
     for name in ("mla", "gqa"):

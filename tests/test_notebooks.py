@@ -99,6 +99,7 @@ def test_the_link_checker_sees_broken_links(tmp_path):
     assert broken_links(page, text) == ["none.md", "#no-heading"]
 
 
+@pytest.mark.slow
 def test_the_cleaner_repairs_and_check_reports(tmp_path):
     dirty = tmp_path / "dirty.ipynb"
     cell = nbformat.v4.new_code_cell("1 + 1", execution_count=7, metadata={"trusted": True})
@@ -114,6 +115,7 @@ def test_the_cleaner_repairs_and_check_reports(tmp_path):
     assert cell["outputs"][0]["data"] == {"text/plain": ["2"]}
 
 
+@pytest.mark.slow
 def test_executing_waits_a_second_at_most_before_it_looks_again(monkeypatch):
     """The signal that a reply has come can be lost: here every longer wait for one has lost it."""
     from jupyter_client.channels import AsyncZMQSocketChannel
@@ -164,6 +166,7 @@ def test_what_it_shows_does_not_depend_on_the_speed(path, monkeypatch):
     assert {i for i in committed if committed[i] != now[i]} == set()
 
 
+@pytest.mark.slow
 def test_an_output_that_depends_on_the_speed_is_seen(monkeypatch):
     sources = ["import time, timeit; from optimus.timing import about",
                "start = time.perf_counter(); time.sleep(0.2)",
@@ -181,6 +184,7 @@ def test_an_output_that_depends_on_the_speed_is_seen(monkeypatch):
     assert seen[0]["cell2"] == [("execute_result", None, "'MEASURED'")]
 
 
+@pytest.mark.slow
 def test_a_notebook_run_twice_in_one_kernel_gives_the_same_numbers():
     nb = nbformat.read(ROOT / "notebooks" / "02_rmsnorm.ipynb", as_version=4)
     once = [c for c in nb.cells if c.cell_type == "code" and not c.metadata.get("tags")]

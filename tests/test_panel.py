@@ -467,6 +467,7 @@ def kernel():
         kernel.manager.shutdown_kernel(now=True)
 
 
+@pytest.mark.slow
 def test_an_interrupt_of_an_idle_kernel_stops_the_run_and_a_rerun_leaves_no_thread(kernel):
     for _ in range(2):  # the cell, and the cell again
         assert kernel.run("panel = run()")["status"] == "ok"

@@ -694,6 +694,7 @@ def test_a_run_without_a_checkpoint_has_left_its_settings(go, tmp_path):
     assert losses(go("run", resume=True)) == losses(go("whole", resume=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["add_scalar", "add_text", "close"])
 def test_a_tensorboard_that_cannot_write_does_not_end_the_run(go, monkeypatch, what):
     from torch.utils.tensorboard import SummaryWriter
