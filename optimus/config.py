@@ -20,9 +20,9 @@ __all__ = ['MODEL_RANGES', 'TRAINING_RANGES', 'PRESETS', 'inside', 'python_numbe
 
 # %% ../notebooks/07_config.ipynb #96e8366b
 import math
-import numbers
 import os
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from typing import Any, get_args
 
 import numpy as np
@@ -43,8 +43,8 @@ def python_number(value: Any) -> Any:
     """
     if type(value) in (int, float, bool): return value
     if isinstance(value, np.bool_): return bool(value)
-    if isinstance(value, numbers.Integral): return int(value)
-    return float(value) if isinstance(value, numbers.Real) else value
+    if isinstance(value, Integral): return int(value)
+    return float(value) if isinstance(value, Real) else value
 
 # %% ../notebooks/07_config.ipynb #dd3e2088
 def wrong_with(value: Any, annotation: Any, allowed: str | tuple[str, ...] | None) -> str | None:
