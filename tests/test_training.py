@@ -33,13 +33,28 @@ SMALL = ModelConfig(**MODEL)
 def tokenizer(): return train_tokenizer(TEXTS, 280)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, tokenizer):
+    """The tiny model's whole run, with no setting changed: what others are compared with."""
+    place, patch = tmp_path_factory.mktemp("undisturbed"), pytest.MonkeyPatch()
+    patch.setenv("OPTIMUS_CACHE", str(place / "cache"))
+    config = TrainingConfig(**CONFIG | dict(checkpoint_dir=str(place / "c"), tensorboard_dir=str(place / "r"),
+                                            run_name="whole", save_interval=10))
+    yield train(SMALL, config, corpus={"text": TEXTS}, tokenizer=tokenizer, progress=False)
+    patch.undo()
+
+
 @pytest.fixture
-def go(tmp_path, tokenizer, monkeypatch):
-    """Train the tiny model: go(run_name, resume, stop_at, model fields, settings)."""
+def go(tmp_path, tokenizer, monkeypatch, undisturbed):
+    """Train the tiny model: go(run_name, resume, stop_at, model fields, settings).
+
+    go("whole") is the run that nothing disturbs; it is trained once for all tests.
+    """
     monkeypatch.setenv("OPTIMUS_CACHE", str(tmp_path / "cache"))
 
     def run(name="run", resume=False, stop=None, model=SMALL, texts=TEXTS, on_step=None, tokenizer=tokenizer,
             **settings):
+        if name == "whole" and not settings: return undisturbed
         places = dict(checkpoint_dir=str(tmp_path / "checkpoints"), tensorboard_dir=str(tmp_path / "runs"))
         config = TrainingConfig(**CONFIG | places | dict(run_name=name, save_interval=10) | settings)
         end = on_step or (lambda row: row["step"] == stop)
@@ -287,7 +302,7 @@ def test_the_loss_falls_and_everything_is_written(go, tmp_path):
 
 
 def test_the_same_settings_give_the_same_losses_and_another_seed_others(go):
-    a, b, c = go("a"), go("b"), go("c", seed=1)
+    a, b, c = go("whole"), go("b"), go("c", seed=1)
     assert losses(a) == losses(b) != losses(c)
 
 
@@ -391,10 +406,9 @@ def test_another_text_is_refused_in_words(go, texts, monkeypatch):
 
 
 def test_the_same_text_under_another_name_is_the_same_corpus(go):
-    whole = go("whole", dataset_name="old.txt")
     go("run", stop=3, dataset_name="old.txt")
     moved = go("run", resume=True, dataset_name="/elsewhere/new.jsonl", dataset_config="edition")
-    assert losses(moved) == losses(whole)
+    assert losses(moved) == losses(go("whole"))
 
 
 def test_another_tokenizer_of_the_same_size_is_refused(go, tmp_path):
@@ -687,11 +701,11 @@ def test_a_run_without_a_checkpoint_has_left_its_settings(go, tmp_path):
     with pytest.raises(SystemExit): go("run", on_step=dies)
     folder = tmp_path / "checkpoints" / "run"
     assert not list(folder.glob("step-*"))
-    state = json.loads((go("whole").checkpoint / "trainer_state.json").read_text())
+    state = json.loads((go("undisturbed").checkpoint / "trainer_state.json").read_text())
     state["training_config"]["run_name"] = "run"
     told = json.loads((folder / "settings.json").read_text())
     assert told == {name: state[name] for name in ("model_config", "training_config", "corpus")}
-    assert losses(go("run", resume=True)) == losses(go("whole", resume=True))
+    assert losses(go("run", resume=True)) == losses(go("whole"))
 
 
 @pytest.mark.slow
