@@ -787,7 +787,7 @@ def _cuts_before_spaces(backend) -> bool:
             and pattern["use_regex"] and not pattern["add_prefix_space"] and backend.normalizer is None
             and all(token.special for token in backend.get_added_tokens_decoder().values()))
 
-def exact_parts(tokenizer: Tokenizer, text: str, size: int = 2**16, start: int = 0) -> Iterator[str]:
+def exact_parts(tokenizer: Tokenizer, text: str, size: int = 2**15, start: int = 0) -> Iterator[str]:
     """text[start:] in parts of about `size` characters whose ids, in a row, are the ids of text[start:].
 
     A tokenizer of another kind than ours gets the text whole.
@@ -865,7 +865,7 @@ def write_tokens(folder: Path, texts: Sequence[str], held: np.ndarray, tokenizer
     parts = _parts_to_encode(texts, tokenizer, progress)
     with open(folder / "train.bin", "ab") as train, open(folder / "validation.bin", "ab") as validation:
         try:
-            for group in _groups(parts, 2**20, lambda part: 100 + len(part[-1].encode())):
+            for group in _groups(parts, 2**19, lambda part: 100 + len(part[-1].encode())):
                 before = progress.bytes
                 progress = _write_group(group, tokenizer, held, (train, validation), dtype, progress)
                 advance(progress.bytes - before)
