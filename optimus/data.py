@@ -168,7 +168,7 @@ def _parts(text: str, size: int, start: int = 0,
     yield text[start:]
 
 # %% ../notebooks/09_data.ipynb #533fdf82
-def _rows_of(texts: Iterable[str], start: int = 0, step: int = 100, most: int = 2**26) -> Iterator[str]:
+def _rows_of(texts: Iterable[str], start: int = 0, step: int = 100, most: int = 2**25) -> Iterator[str]:
     """`texts` from row `start` on, a few at a time; the column of a Dataset by a memory map of its own.
 
     The map is opened again after every `most` characters, because pages once read count as memory in use.
@@ -184,7 +184,7 @@ def _rows_of(texts: Iterable[str], start: int = 0, step: int = 100, most: int = 
             own = pickle.loads(pickle.dumps(dataset)) if dataset.cache_files else dataset  # noqa: S301 our own
             table, read = own.select_columns(texts.column_name).with_format("arrow"), 0
         for value in table[i:i + step][texts.column_name]:
-            text = value.as_py()
+            text, value = value.as_py(), None  # a value holds the whole map
             read += len(text or "")
             yield text
 
@@ -421,7 +421,7 @@ def read_parquet(path: Path) -> Iterator[str]:
     check_no_pointer(path)
     row = 0
     try:
-        with ParquetFile(str(path), buffer_size=2**20) as file:
+        with ParquetFile(str(path), buffer_size=2**20, pre_buffer=False) as file:
             names, facts = file.schema_arrow.names, file.metadata
             if "text" not in names: raise ValueError(f"{path} has no column 'text'; it has {names}")
             size = sum(facts.row_group(i).total_byte_size for i in range(facts.num_row_groups))
@@ -485,7 +485,7 @@ def _groups(items: Iterable, most: int, length: Callable = len) -> Iterator[list
             group, size = [], 0
     if group: yield group
 
-def _write_arrow(path: Path, texts: Iterable[str], most: int = 2**20) -> None:
+def _write_arrow(path: Path, texts: Iterable[str], most: int = 2**22) -> None:
     """Write `texts` as the column `text` of an Arrow stream, `most` characters at a time."""
     import pyarrow
     schema = pyarrow.schema([("text", pyarrow.large_string())])  # `string` ends at 2 GB
@@ -787,7 +787,7 @@ def _cuts_before_spaces(backend) -> bool:
             and pattern["use_regex"] and not pattern["add_prefix_space"] and backend.normalizer is None
             and all(token.special for token in backend.get_added_tokens_decoder().values()))
 
-def exact_parts(tokenizer: Tokenizer, text: str, size: int = 2**16, start: int = 0) -> Iterator[str]:
+def exact_parts(tokenizer: Tokenizer, text: str, size: int = 2**15, start: int = 0) -> Iterator[str]:
     """text[start:] in parts of about `size` characters whose ids, in a row, are the ids of text[start:].
 
     A tokenizer of another kind than ours gets the text whole.
@@ -812,13 +812,18 @@ def _cut_in_word(backend, text: str, start: int, size: int) -> int | None:
     A row of tokens is what BPE makes of a text exactly if that holds for each two neighbours: so it is enough
     to look at the last token before the cut and the first one after it.
     """
-    whole = backend.encode(text[start:start + size], add_special_tokens=False)
-    for k in range(len(whole.ids) - 1, len(whole.ids) // 2, -1):
-        end = whole.offsets[k - 1][1]
-        if end != whole.offsets[k][0] or "'" in text[max(start + end - 3, 0):start + end + 1]: continue
-        after = backend.encode(text[start + end:start + end + size], add_special_tokens=False).ids[0]
-        pair = backend.id_to_token(whole.ids[k - 1]) + backend.id_to_token(after)
-        if [t.id for t in backend.model.tokenize(pair)] == [whole.ids[k - 1], after]: return start + end
+    def ids_of(first):
+        window = text[first:first + size]
+        return backend.encode_batch_fast([window], add_special_tokens=False)[0].ids
+    ids, data = ids_of(start), text[start:start + size].encode()
+    end = len(data)
+    for k in range(len(ids) - 1, len(ids) // 2, -1):
+        end -= len(backend.id_to_token(ids[k]))  # each of its characters is one byte
+        if data[end] & 0xc0 == 0x80: continue  # inside a character
+        cut = start + len(data[:end].decode())
+        if "'" in text[max(cut - 3, 0):cut + 1]: continue  # perhaps inside 've or the like
+        pair = [ids[k - 1], ids_of(cut)[0]]
+        if [t.id for t in backend.model.tokenize("".join(map(backend.id_to_token, pair)))] == pair: return cut
     return None
 
 # %% ../notebooks/09_data.ipynb #e6c5963d
@@ -860,7 +865,7 @@ def write_tokens(folder: Path, texts: Sequence[str], held: np.ndarray, tokenizer
     parts = _parts_to_encode(texts, tokenizer, progress)
     with open(folder / "train.bin", "ab") as train, open(folder / "validation.bin", "ab") as validation:
         try:
-            for group in _groups(parts, 2**20, lambda part: 100 + len(part[-1])):
+            for group in _groups(parts, 2**19, lambda part: 100 + len(part[-1].encode())):
                 before = progress.bytes
                 progress = _write_group(group, tokenizer, held, (train, validation), dtype, progress)
                 advance(progress.bytes - before)
