@@ -195,7 +195,7 @@ class TrainingConfig(Record):
     gradient_clip_val: float = 1.0     # longest gradient, as a Euclidean norm
     dataset_name: str = "wikimedia/wikipedia"  # or "sotu", or a .txt, .jsonl or .parquet file or folder
     dataset_size: int = 200000         # the first documents, at most this many
-    num_workers: int = 4               # processes that load data
+    num_workers: int = 4               # threads that read batches ahead
     checkpoint_dir: str = "checkpoints"
     tensorboard_dir: str = "runs"
     dataset_config: str | None = None  # edition of a hub dataset; None: 20231101.en for Wikipedia
