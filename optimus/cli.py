@@ -401,7 +401,7 @@ def prompt_loop(model, tokenizer, settings: dict) -> int:
         raise ValueError("there is no standard input to read prompts from; "
                          "give a prompt: optimus generate \"The\"")
     print(f"Type the beginning of a text. {', '.join(COMMANDS)} VALUE change a setting; /help; /quit ends.")
-    with line_history(cache_folder() / "history"):
+    with line_history():
         while True:
             try: line = input("> ")
             except EOFError: return print() or 0
@@ -437,10 +437,10 @@ def obey(line: str, settings: dict):
 
 
 @contextlib.contextmanager
-def line_history(path: Path):
-    """Arrow keys for input(), and the lines of last time; where there is no readline, nothing."""
-    try: readline = importlib.import_module("readline")
-    except ImportError: return (yield)
+def line_history():
+    """Arrow keys for input(), and the lines of last time; without readline or a cache folder, nothing."""
+    try: readline, path = importlib.import_module("readline"), cache_folder() / "history"
+    except (ImportError, ValueError): return (yield)
     if not sys.stdin.isatty(): return (yield)
     with contextlib.suppress(OSError): readline.read_history_file(path)
     try: yield

@@ -17,6 +17,7 @@ import warnings
 import weakref
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -614,3 +615,12 @@ def test_numbers_that_are_not_finite_are_null_in_what_bench_writes(workplace, mo
     def refuse(word): raise AssertionError(word)
     told = json.loads(Path("n.json").read_text(), parse_constant=refuse)
     assert told == {"rows": [{"what": "x", "unit": "s", "ours": None}], "limits": {"bytes": None}}
+
+
+def test_prompts_are_taken_where_there_is_no_home_folder_for_the_history(monkeypatch):
+    from optimus import cli
+    def nowhere(): raise ValueError("there is no home folder")
+    monkeypatch.setattr(cli, "cache_folder", nowhere)
+    monkeypatch.setattr(cli.sys, "stdin", SimpleNamespace(closed=False, isatty=lambda: True))
+    with cli.line_history(): entered = True
+    assert entered
