@@ -17,6 +17,7 @@ Modules:
 - `optimus.norm`: Set every token vector to unit root-mean-square, then learn its scale back.
 - `optimus.panel`: Put a hand on every setting of a model, and see at once what each does to the next token and to the text.
 - `optimus.rope`: Turn each query and key by an angle proportional to its position: their dot product then sees only the distance.
+- `optimus.timing`: Repeat the work, keep the fastest run, and print the figure so that nobody mistakes it for a promise.
 - `optimus.training`: Take one step well, then arrange everything so that the ten-thousandth is as safe as the first.
 - `optimus.transformer`: Every layer reads a stream of vectors and adds a small correction; the last sum predicts the next token."""
 

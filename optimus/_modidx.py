@@ -163,6 +163,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'optimus.data._lines': ('data.html#_lines', 'optimus/data.py'),
                               'optimus.data._open_bytes': ('data.html#_open_bytes', 'optimus/data.py'),
                               'optimus.data._open_parts': ('data.html#_open_parts', 'optimus/data.py'),
+                              'optimus.data._opened_again': ('data.html#_opened_again', 'optimus/data.py'),
                               'optimus.data._parts': ('data.html#_parts', 'optimus/data.py'),
                               'optimus.data._parts_in': ('data.html#_parts_in', 'optimus/data.py'),
                               'optimus.data._parts_to_encode': ('data.html#_parts_to_encode', 'optimus/data.py'),

@@ -26,7 +26,6 @@ import io
 import itertools
 import json
 import os
-import pickle
 import re
 import shutil
 import threading
@@ -181,12 +180,19 @@ def _rows_of(texts: Iterable[str], start: int = 0, step: int = 100, most: int = 
     read = most
     for i in range(start, len(dataset), step):
         if read >= most:
-            own = pickle.loads(pickle.dumps(dataset)) if dataset.cache_files else dataset  # noqa: S301 our own
-            table, read = own.select_columns(texts.column_name).with_format("arrow"), 0
+            table, read = _opened_again(dataset).select_columns(texts.column_name).with_format("arrow"), 0
         for value in table[i:i + step][texts.column_name]:
             text, value = value.as_py(), None  # a value holds the whole map
             read += len(text or "")
             yield text
+
+def _opened_again(dataset):
+    """`dataset` by memory maps of its own, where it is all that its Arrow files hold; else as it is."""
+    import datasets
+    if dataset._indices is not None or not dataset.cache_files: return dataset
+    files = [datasets.Dataset.from_file(file["filename"]) for file in dataset.cache_files]
+    own = datasets.concatenate_datasets(files)
+    return own if len(own) == len(dataset) and own.column_names == dataset.column_names else dataset
 
 # %% ../notebooks/09_data.ipynb #b2b18d6a
 def cache_folder() -> Path:

@@ -10,11 +10,16 @@ import random
 import tempfile
 from pathlib import Path
 
+import pytest
+
 os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when imported, here and in child processes
 
-CLOCK = """import os, time, timeit
-scale, real = float(os.environ.get("OPTIMUS_CLOCK", 1)), time.perf_counter
-time.perf_counter = timeit.default_timer = lambda: scale * real()
+CLOCK = """
+def _clock():
+    import os, time, timeit
+    scale, real = float(os.environ.get("OPTIMUS_CLOCK", 1)), time.perf_counter
+    time.perf_counter = timeit.default_timer = lambda: scale * real()
+_clock()
 """
 
 
@@ -37,11 +42,9 @@ def pytest_unconfigure(config): config.kernels.cleanup()
 def is_cell(item) -> bool: return item.path.suffix == ".ipynb"
 
 
-def pytest_itemcollected(item):
-    if is_cell(item): item.add_marker("slow")
-
-
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(config, items):
+    for item in filter(is_cell, items): item.add_marker("slow")
     if not config.option.shuffle: return
     order = random.Random(config.option.shuffle)
     files = {}

