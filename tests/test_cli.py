@@ -583,6 +583,7 @@ def test_a_prompt_is_asked_for_where_there_is_no_input(workplace, monkeypatch):
         assert "optimus: there is no standard input to read prompts from; give a prompt: " in result.stderr
 
 
+@pytest.mark.slow
 def test_with_all_streams_closed_a_run_is_whole_and_nothing_is_written_into_its_files(workplace):
     words = [sys.executable, "-m", "optimus.cli", "train", "--corpus", "corpus.txt", *SMALL]
     done = subprocess.run(["bash", "-c", 'exec "$@" <&- >&- 2>&-', "bash", *words], timeout=120)

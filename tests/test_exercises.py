@@ -25,6 +25,7 @@ def own_progress(tmp_path, monkeypatch):
     monkeypatch.setenv("OPTIMUS_PROGRESS", str(tmp_path / "deep" / "progress.json"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXERCISES)
 def test_the_reference_passes_twenty_seeds(name):
     task = EXERCISES[name]

@@ -477,6 +477,7 @@ def test_an_interrupt_of_an_idle_kernel_stops_the_run_and_a_rerun_leaves_no_thre
     assert kernel.value("panel.running, panel.generate_button.disabled") == "(False, False)"
 
 
+@pytest.mark.slow
 def test_an_interrupt_of_a_busy_kernel_stops_the_run(kernel, tmp_path):
     assert kernel.interrupt("panel = run(); BUSY", tmp_path)["status"] == "error"
     until(lambda: kernel.value("alive()") == "0")
@@ -494,6 +495,7 @@ def test_an_interrupt_that_the_cell_catches_stops_the_run(kernel, tmp_path):
     until(lambda: kernel.value("alive()") == "0")
 
 
+@pytest.mark.slow
 def test_a_cell_that_is_run_again_frees_its_panel_and_no_other(kernel):
     kernel.run("other = run()")
     kernel.run("panel = run()")
@@ -830,6 +832,7 @@ until(lambda: len(running.written) > 3)
 """
 
 
+@pytest.mark.slow
 def test_importing_optimus_imports_no_widgets_and_python_is_left_in_silence_with_a_run_under_way():
     child = subprocess.run([sys.executable, "-c", LEAVE], cwd=os.path.dirname(__file__), capture_output=True,
                            text=True)
