@@ -45,8 +45,6 @@ def is_cell(item) -> bool: return item.path.suffix == ".ipynb"
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(config, items):
     for item in filter(is_cell, items): item.add_marker("slow")
-    for item in items:  # a file's tests share what they started, so one process runs them
-        if not item.get_closest_marker("apart"): item.add_marker(pytest.mark.xdist_group(item.path.name))
     if not config.option.shuffle: return
     order = random.Random(config.option.shuffle)
     files = {}

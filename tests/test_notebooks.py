@@ -154,7 +154,6 @@ def shown(nb) -> dict[str, list]:
 
 
 @pytest.mark.slow
-@pytest.mark.apart
 @each
 def test_what_it_shows_does_not_depend_on_the_speed(path, monkeypatch):
     """nbval runs it with a clock five times as fast (see conftest.py), this test at three tenths."""
