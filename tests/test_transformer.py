@@ -394,14 +394,6 @@ def nan_in_fresh_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_loss_reads_no_uninitialized_memory(nan_in_fresh_memory, dtype):
-    torch.manual_seed(0)
-    hidden, weight = (torch.randn(n, 60, dtype=dtype, requires_grad=True) for n in (613, 61))
-    loss = lm_loss(hidden, weight, torch.randint(0, 61, (613,)))  # 61 ids in rows of 64
-    for gradient in torch.autograd.grad(loss, (hidden, weight)): assert gradient.isfinite().all()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_loss_in_low_precision_is_summed_in_float32(dtype):
     torch.manual_seed(0)
@@ -848,10 +840,7 @@ def test_a_shipped_model_is_bfloat16_on_disk_and_float32_in_use():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("size", [61, 101, 128])
-def test_what_lay_in_memory_before_is_in_no_gradient(monkeypatch, dtype, size):
-    empty = torch.Tensor.new_empty
-    def full_of_nan(*sizes, **more): return empty(*sizes, **more).fill_(math.nan)
-    monkeypatch.setattr(torch.Tensor, "new_empty", full_of_nan)
+def test_what_lay_in_memory_before_is_in_no_gradient(nan_in_fresh_memory, dtype, size):
     hidden, weight = torch.randn(300, 7, requires_grad=True), torch.randn(size, 7, requires_grad=True)
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
         loss = lm_loss(hidden, weight, torch.randint(0, size, (300,)))
