@@ -292,7 +292,7 @@ def test_text_grows_stops_and_goes_on(hand):
     until(lambda: hand.lab.python("panel.temperature.value") == pytest.approx(1.45), "the slider")
     sizes.append(until(lambda: (n := len(hand.text())) > sizes[-1] and n, "more text"))
     hand.button("Stop").click()
-    hand.page.wait_for_timeout(300)
+    until(lambda: hand.stopped() and hand.text() == hand.lab.python("panel.written"), "the stop")
     frozen = hand.text()
     hand.page.wait_for_timeout(500)
     assert hand.text() == frozen and hand.stopped()
