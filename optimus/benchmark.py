@@ -394,7 +394,9 @@ def contenders(config: ModelConfig, device: torch.device, compile: bool) -> dict
 def compile_layers(*models: nn.Module) -> None:
     """Compile every layer of each model, ours or `transformers`', in place."""
     for net in models:
-        for layer in (net.blocks if isinstance(net, LanguageModel) else net.model.layers): layer.compile()
+        if isinstance(net, LanguageModel): net.compile_layers()
+        else:
+            for layer in net.model.layers: layer.compile()
 
 # %% ../notebooks/15_train_on_cuda.ipynb #2e94b213
 def finished(row: dict[str, Any]) -> dict[str, Any]:

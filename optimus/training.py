@@ -959,8 +959,7 @@ def start_run(model_config: ModelConfig, config: TrainingConfig, device: torch.d
     model.config = model_config  # of a checkpoint what may change: whether activations are recomputed
     if config.compile and device.type == "mps":
         warnings.warn("compile=True is not used on mps, only on a CUDA GPU or a CPU", stacklevel=2)
-    elif config.compile:
-        for block in model.blocks: block.compile()
+    elif config.compile: model.compile_layers()
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(config.amp, device) == torch.float16)
     model, share = spread.wrap(model, device), config.batch_size // spread.ranks
     run = RunState(model, make_optimizer(model, config), scaler, share, spread=spread)

@@ -491,6 +491,20 @@ def test_a_compiled_loss_is_the_same():
         torch.testing.assert_close(*pair)
 
 
+def test_the_fused_loss_is_the_same(monkeypatch):
+    kernel = torch.compile(optimus.transformer._softmax_gradient_by_formula, backend="aot_eager")
+    monkeypatch.setattr(optimus.transformer, "fused_softmax_gradient", lambda: kernel)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(300, 7, requires_grad=True), torch.randn(V, 7, requires_grad=True)
+    targets = torch.randint(0, V, (300,)).masked_fill(torch.rand(300) < 0.2, -100)
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            losses = [lm_loss(hidden, weight, targets, fused=fused) for fused in (False, True)]
+        torch.testing.assert_close(*losses)
+        for pair in zip(*(torch.autograd.grad(loss, (hidden, weight)) for loss in losses)):
+            torch.testing.assert_close(*pair, rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=1e-5)
+
+
 def test_the_loss_of_a_model_is_that_of_its_logits():
     model, tokens, targets = make_model(), draw_tokens(), draw_tokens().flip(1)
     targets[0, 3:] = -100
