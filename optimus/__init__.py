@@ -11,11 +11,13 @@ Modules:
 - `optimus.distributed`: Give every rank a share of the batch, let the ranks add up what they must share, and nothing but the speed changes.
 - `optimus.exercises`: Run a model, see the map, and learn how your own answers are judged.
 - `optimus.feedforward`: Let one projection of a token decide how much of another projection gets through.
+- `optimus.files`: A file is written beside its place, brought to the disk, and only then given its name: a reader finds all of it or none of it.
 - `optimus.generation`: Turn a row of logits into one next token, again and again, and show the text as it grows.
 - `optimus.interop`: Rename every weight, reorder the rows that RoPE turns, and the same numbers run in another program.
 - `optimus.mla`: Cache one small vector per token instead of every head's key and value.
 - `optimus.norm`: Set every token vector to unit root-mean-square, then learn its scale back.
 - `optimus.panel`: Put a hand on every setting of a model, and see at once what each does to the next token and to the text.
+- `optimus.pretrained`: A model is two files, and opening one means asking whether its names and shapes are those that its sizes call for.
 - `optimus.rope`: Turn each query and key by an angle proportional to its position: their dot product then sees only the distance.
 - `optimus.timing`: Repeat the work, keep the fastest run, and print the figure so that nobody mistakes it for a promise.
 - `optimus.training`: Take one step well, then arrange everything so that the ten-thousandth is as safe as the first.

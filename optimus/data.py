@@ -41,7 +41,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .transformer import check_not_pointer
+from .pretrained import check_not_pointer
 
 # %% ../notebooks/09_data.ipynb #9d2025bc
 END_OF_TEXT = "<|endoftext|>"

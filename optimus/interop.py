@@ -39,7 +39,8 @@ from .checkpoint import CheckpointError, explain, problem, sync
 from .config import ModelConfig
 from .data import Tokenizer, load_tokenizer
 from .rope import permute_rope
-from .transformer import LanguageModel, check_not_pointer, weight_files
+from .pretrained import check_not_pointer, weight_files
+from .transformer import LanguageModel
 
 # %% ../notebooks/13_interop.ipynb #be19ec6e
 WORDS = {

@@ -279,16 +279,6 @@ def test_a_tokenizer_without_an_end_of_text_says_what_to_do(tmp_path, files, wor
 
 # Folders and disks
 
-def test_without_a_home_folder_the_variable_is_named(monkeypatch, tmp_path):
-    def homeless(*_): raise RuntimeError("Could not determine home directory.")
-    monkeypatch.setattr(Path, "home", homeless)
-    monkeypatch.delenv("OPTIMUS_CACHE")
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    with pytest.raises(ValueError, match="no home folder.* OPTIMUS_CACHE"): data.cache_folder()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert data.cache_folder() == tmp_path / "optimus"
-
-
 class FullDisk:
     """Stands for `open`: all writes from the n-th on find the disk full."""
     def __init__(self, n): self.left = n
