@@ -16,6 +16,7 @@ Modules:
 - `optimus.generation`: Turn a row of logits into one next token, again and again, and show the text as it grows.
 - `optimus.interop`: Rename every weight, reorder the rows that RoPE turns, and the same numbers run in another program.
 - `optimus.mla`: Cache one small vector per token instead of every head's key and value.
+- `optimus.model_card`: The page beside a published model says what was written down about it, and nothing else.
 - `optimus.norm`: Set every token vector to unit root-mean-square, then learn its scale back.
 - `optimus.panel`: Put a hand on every setting of a model, and see at once what each does to the next token and to the text.
 - `optimus.pretrained`: A model is two files, and opening one means asking whether its names and shapes are those that its sizes call for.
