@@ -194,7 +194,7 @@ class TrainingConfig:
     start_from: str | None = None                        # a saved or shipped model to take the weights from
     max_steps: int | None = within("[1, inf)", None)     # optimizer steps; None: num_epochs decides
     warmup: float = within("[0, 1)", 0.05)               # fraction of steps in which the learning rate rises
-    min_learning_rate: float | None = within("[0, inf)", None)  # where the cosine ends; None: learning_rate / 10
+    min_learning_rate: float | None = within("[0, inf)", None)  # end of the cosine; None: learning_rate / 10
     optimizer: str = within(("adamw", "muon"), "adamw")  # "adamw" or "muon"
     beta1: float = within("[0, 1)", 0.9)
     beta2: float = within("[0, 1)", 0.95)
@@ -208,7 +208,7 @@ class TrainingConfig:
     seed: int = within("[0, 4294967295]", 0)             # of weights, order and dropout
     compile: bool = False                                # torch.compile the blocks
     parallel: str = within(("none", "ddp", "fsdp"), "none")  # "ddp": a copy a rank; "fsdp": a share a rank
-    run_name: str | None = None                          # folder in checkpoint_dir; None: run-001, run-002 ...
+    run_name: str | None = None                          # folder in checkpoint_dir; None: run-001, run-002...
 
     def __post_init__(self):
         check_fields(self)
