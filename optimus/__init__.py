@@ -7,17 +7,24 @@ Modules:
 - `optimus.cache`: Remember what each layer made of the past, so that a new token costs the work of one token.
 - `optimus.checkpoint`: Write down everything the next step depends on, whole or not at all, and load only what proves to be undamaged.
 - `optimus.config`: Write every size down once, refuse what cannot work, and predict cost before anything is built.
+- `optimus.corpus`: One function opens every corpus, built in, on your disk or on the hub, and none of them has to fit in memory.
 - `optimus.data`: Turn documents into one long row of token ids on disk, and make the batch at a step a pure function of (seed, step).
 - `optimus.distributed`: Give every rank a share of the batch, let the ranks add up what they must share, and nothing but the speed changes.
 - `optimus.exercises`: Run a model, see the map, and learn how your own answers are judged.
 - `optimus.feedforward`: Let one projection of a token decide how much of another projection gets through.
+- `optimus.files`: A file is written beside its place, brought to the disk, and only then given its name: a reader finds all of it or none of it.
 - `optimus.generation`: Turn a row of logits into one next token, again and again, and show the text as it grows.
 - `optimus.interop`: Rename every weight, reorder the rows that RoPE turns, and the same numbers run in another program.
 - `optimus.mla`: Cache one small vector per token instead of every head's key and value.
+- `optimus.model_card`: The page beside a published model says what was written down about it, and nothing else.
 - `optimus.norm`: Set every token vector to unit root-mean-square, then learn its scale back.
 - `optimus.panel`: Put a hand on every setting of a model, and see at once what each does to the next token and to the text.
+- `optimus.pretrained`: A model is two files, and opening one means asking whether its names and shapes are those that its sizes call for.
 - `optimus.rope`: Turn each query and key by an angle proportional to its position: their dot product then sees only the distance.
+- `optimus.text_files`: Read the documents of any folder one at a time, and say which file and which line cannot be read.
 - `optimus.timing`: Repeat the work, keep the fastest run, and print the figure so that nobody mistakes it for a promise.
+- `optimus.token_files`: Tokenize a corpus once into two files of ids, whatever its size, and go on where a stopped attempt ended.
+- `optimus.tokenizer`: A tokenizer accepts every string, learns its merges from any corpus, and opens again with the same ids.
 - `optimus.training`: Take one step well, then arrange everything so that the ten-thousandth is as safe as the first.
 - `optimus.transformer`: Every layer reads a stream of vectors and adds a small correction; the last sum predicts the next token."""
 

@@ -281,7 +281,7 @@ def prefilling(model: LanguageModel, theirs: nn.Module, length: int, rounds: int
     cache = model.new_cache(1, length)
     def ours():
         cache.reset()
-        return model.head(model.hidden(tokens, cache, last=1))
+        return model.head(model.hidden(tokens, cache, keep_last=1))
     rates, dtype = [], model.embedding.weight.dtype
     works = {"ours": ours, "theirs": lambda: theirs(tokens, use_cache=True, logits_to_keep=1),
              "limit": lambda: rates.append(measure_gemm_rate(device, dtype))}

@@ -203,7 +203,7 @@ class Context:
 
     def read(self, tokens: Tensor):
         """Tokens (B, T) into the cache; nobody asks what the model says about them."""
-        if hasattr(self.model, "hidden"): self.model.hidden(tokens, self.cache, last=1)
+        if hasattr(self.model, "hidden"): self.model.hidden(tokens, self.cache, keep_last=1)
         else: self.model(tokens, self.cache)
 
     @torch.no_grad()
@@ -399,8 +399,8 @@ class CompiledDecoder(nn.Module):
         return self.model.head(self.model.norm(x))  # (B, 1, V)
 
     @torch.no_grad()
-    def hidden(self, tokens: Tensor, cache: Cache | None = None, last: int = 0) -> Tensor:
-        return self.model.hidden(tokens, cache, last=last)
+    def hidden(self, tokens: Tensor, cache: Cache | None = None, keep_last: int | None = None) -> Tensor:
+        return self.model.hidden(tokens, cache, keep_last=keep_last)
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:

