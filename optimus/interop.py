@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import CheckpointError, explain, problem, sync
+from .checkpoint import CheckpointError, describe_write_error, find_damage, sync
 from .config import ModelConfig
 from .data import Tokenizer, load_tokenizer
 from .rope import permute_rope
@@ -476,7 +476,7 @@ def is_disk_error(error: BaseException | None) -> bool:
 # %% ../notebooks/13_interop.ipynb #0396e6fa
 def open_for_export(folder: Path) -> tuple[LanguageModel, Tokenizer]:
     """Model and tokenizer of a checkpoint; ValueError or CheckpointError says what is wrong with them."""
-    if (folder / "manifest.json").is_file() and (trouble := problem(folder)):
+    if (folder / "manifest.json").is_file() and (trouble := find_damage(folder)):
         raise CheckpointError(f"the checkpoint {folder} cannot be trusted: {trouble}")
     model, words = LanguageModel.from_pretrained(folder), folder / "tokenizer.json"
     if words.is_file(): check_not_pointer(words)
@@ -521,6 +521,6 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path) -> float:
         sync(out.parent)
     except Exception as error:
         if not is_disk_error(error): raise
-        raise CheckpointError(f"could not write {out}: {explain(error, out)}") from error
+        raise CheckpointError(f"could not write {out}: {describe_write_error(error, out)}") from error
     finally: shutil.rmtree(half, ignore_errors=True)
     return worst

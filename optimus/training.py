@@ -44,7 +44,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import (Checkpoint, CheckpointError, explain, json_text, latest_checkpoint,
+from .checkpoint import (Checkpoint, CheckpointError, describe_write_error, json_text, latest_checkpoint,
                                 load_checkpoint, prune, remove_leftovers, save_checkpoint, step_folders,
                                 step_of, update_trainer_state, write_whole)
 from .config import ModelConfig, TrainingConfig
@@ -491,7 +491,7 @@ class RunLog:
             if self.file.write(line) < len(line): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self.file.truncate()
         except OSError as error:
-            why = explain(error, self.path.parent)
+            why = describe_write_error(error, self.path.parent)
             raise CheckpointError(f"could not write {self.path}: {why}") from error
         for name, value in new.items():
             if name != "step": self.show("add_scalar", name, value, new["step"])

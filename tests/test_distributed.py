@@ -20,7 +20,7 @@ from rank_worker import ODD
 from rank_worker import run as run_job
 
 from optimus import ModelConfig, TrainingConfig, cli, train
-from optimus.checkpoint import load_checkpoint, problem, step_folders
+from optimus.checkpoint import find_damage, load_checkpoint, step_folders
 from optimus.distributed import bytes_sent_per_rank, join, memory_per_rank, portable
 from optimus.training import ONE_PROCESS, OneProcess
 
@@ -192,7 +192,7 @@ def test_the_equality_fails_when_the_optimizer_is_not_gathered(ranks, single):
 @BOTH
 def test_the_folder_is_that_of_one_process(ranks, single, kind):
     one, two = Path(single()["checkpoint"]), Path(ranks(kind)[1][0]["plain"]["checkpoint"])
-    assert problem(two) is None
+    assert find_damage(two) is None
     assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
     a, b = load_checkpoint(one).train_state, load_checkpoint(two).train_state
     assert a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()
@@ -304,12 +304,12 @@ def test_the_command_trains_on_two_ranks(tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("on 2 ranks (fsdp) of cpu") == done.stdout.count("trained ") == 1
     assert done.stdout.count("sample: ") == 1
-    assert problem(tmp_path / "c" / "run-001" / "step-00000004") is None
+    assert find_damage(tmp_path / "c" / "run-001" / "step-00000004") is None
     words = [*words[:3], "--resume", "--training.checkpoint-dir", tmp_path / "c", "--training.max-steps", "6"]
     done = torchrun(*words, cache=tmp_path / "cache")  # all other settings, `fsdp` too, are the run's own
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("continuing ") == done.stdout.count("on 2 ranks (fsdp) of cpu") == 1
-    assert problem(tmp_path / "c" / "run-001" / "step-00000006") is None
+    assert find_damage(tmp_path / "c" / "run-001" / "step-00000006") is None
 
 
 def test_torchrun_without_parallel_and_parallel_without_torchrun_are_refused(monkeypatch):

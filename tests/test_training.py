@@ -19,8 +19,8 @@ import torch
 from fork_server import CONFIG, MODEL, TEXTS
 
 from optimus import LanguageModel, ModelConfig, TrainingConfig, checkpoint, training
-from optimus.checkpoint import (CheckpointError, latest_checkpoint, load_checkpoint, seal, sha256_of,
-                                step_folders)
+from optimus.checkpoint import (CheckpointError, latest_checkpoint, load_checkpoint, sha256_of, step_folders,
+                                write_manifest)
 from optimus.data import Sequences, batches, prepare, train_tokenizer
 from optimus.training import (Muon, RunState, StopRequest, accumulate_gradients, amp_dtype, choose_tokenizer,
                               evaluate, learning_rate_at, make_optimizer, orthogonalize, train, train_step)
@@ -1081,7 +1081,7 @@ def rewrite_state(checkpoint, change):
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     change(state)
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
-    seal(checkpoint)
+    write_manifest(checkpoint)
 
 
 @pytest.mark.parametrize("gone", [("training_config", "beta1"), ("training_config", "start_from"),
@@ -1124,7 +1124,7 @@ def test_a_checkpoint_from_a_gpu_machine_resumes_on_a_cpu(go):
     state = torch.load(path / "train_state.pt", weights_only=True)
     state["rng"]["cuda"] = [torch.zeros(16, dtype=torch.uint8)] * 3
     torch.save(state, path / "train_state.pt")
-    seal(path)
+    write_manifest(path)
     assert losses(go("run", resume=True)) == losses(go("whole"))
 
 
