@@ -21,8 +21,8 @@ from rank_worker import run as run_job
 
 from optimus import ModelConfig, TrainingConfig, cli, train
 from optimus.checkpoint import find_damage, load_checkpoint, step_folders
-from optimus.distributed import bytes_sent_per_rank, join, memory_per_rank, portable
-from optimus.training import ONE_PROCESS, OneProcess
+from optimus.distributed import bytes_sent_per_rank, join, memory_per_rank, picklable
+from optimus.training import SINGLE_PROCESS, Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 DDP, FSDP, DROPOUT = dict(parallel="ddp"), dict(parallel="fsdp"), dict(dropout=0.2)
@@ -274,13 +274,13 @@ def test_an_error_travels_as_it_is_or_at_least_with_its_words(ranks, kind):
 
 @pytest.mark.parametrize("error", ODD[:-1], ids=lambda e: type(e).__name__)
 def test_what_is_portable_is_itself_on_the_other_side(error):
-    there = ForkingPickler.loads(pickle.dumps(portable(error)))
+    there = ForkingPickler.loads(pickle.dumps(picklable(error)))
     assert (type(there), str(there)) == (type(error), str(error))
 
 
 def test_an_error_that_cannot_travel_is_told_in_its_words():
-    with pytest.raises(TypeError): pickle.loads(pickle.dumps(ODD[-1]))  # noqa: S301  what portable is for
-    assert repr(portable(ODD[-1])) == "RuntimeError('Local: 1 and 2')"
+    with pytest.raises(TypeError): pickle.loads(pickle.dumps(ODD[-1]))  # noqa: S301  what picklable is for
+    assert repr(picklable(ODD[-1])) == "RuntimeError('Local: 1 and 2')"
 
 
 @pytest.mark.slow
@@ -322,24 +322,24 @@ def test_torchrun_without_parallel_and_parallel_without_torchrun_are_refused(mon
 
 def test_train_without_its_ranks_is_refused(tmp_path):
     config = TrainingConfig(parallel="ddp", checkpoint_dir=str(tmp_path))
-    with pytest.raises(ValueError, match="parallel is 'ddp'.*spread"): train(ModelConfig(), config)
+    with pytest.raises(ValueError, match="parallel is 'ddp'.*ranks"): train(ModelConfig(), config)
     with pytest.raises(ValueError, match=re.escape("parallel must be one of 'none', 'ddp', 'fsdp'")):
         TrainingConfig(parallel="zero")
 
 
 def test_a_run_that_torchrun_starts_again_goes_on_and_one_process_begins_anew(tmp_path, monkeypatch, capsys):
     """The command's two starts, with ranks that note the run's name as torchrun's store would."""
-    class Noting(OneProcess):
-        def note(self, run_name): notes.append(run_name)
-        def noted(self): return notes[-1] if notes else None
+    class Noting(Ranks):
+        def remember_run(self, run_name): notes.append(run_name)
+        def remembered_run(self): return notes[-1] if notes else None
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPTIMUS_CACHE", str(tmp_path / "cache"))
     Path("text.txt").write_text("\n<|endoftext|>\n".join(TEXTS))
     words = ["train", "--preset", "tiny", "--corpus", "text.txt", "--model.vocab-size", "300",
              "--training.max-length", "16", "--training.max-steps"]
     notes, started = [], []
-    for spread, steps, restarts in ((Noting(), 1, None), (Noting(), 2, "1"), (ONE_PROCESS, 1, "2")):
-        monkeypatch.setattr("optimus.distributed.join", lambda parallel, spread=spread: spread)
+    for ranks, steps, restarts in ((Noting(), 1, None), (Noting(), 2, "1"), (SINGLE_PROCESS, 1, "2")):
+        monkeypatch.setattr("optimus.distributed.join", lambda parallel, ranks=ranks: ranks)
         if restarts: monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
         assert cli.main([*words, str(steps)]) == 0
         started.append(capsys.readouterr().out.split(":")[0])
@@ -359,7 +359,7 @@ def test_an_environment_that_torchrun_did_not_make_is_refused_in_a_sentence(monk
 
 
 def test_one_process_that_torchrun_started_again_has_noted_no_run():
-    assert ONE_PROCESS.noted() is None  # the command line asks it when TORCHELASTIC_RESTART_COUNT is set
+    assert SINGLE_PROCESS.remembered_run() is None  # asked when TORCHELASTIC_RESTART_COUNT is set
 
 
 @pytest.mark.parametrize("predicted", [bytes_sent_per_rank, memory_per_rank])
