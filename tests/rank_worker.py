@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from fork_server import CONFIG, MODEL, TEXTS
 
-from optimus import LanguageModel, ModelConfig, TrainingConfig, distributed, train, training
+from optimus import LanguageModel, ModelConfig, TrainingConfig, distributed, ranks, train, training
 from optimus.checkpoint import CheckpointError, load_checkpoint
 from optimus.data import batches, train_tokenizer
 from optimus.distributed import DDPRanks, FSDPRanks, join, restart_count
@@ -170,7 +170,7 @@ def run(folder: Path, job: dict) -> dict:
         read.append(str(path))
         return load_checkpoint(path, **how)
     changes = FAULTS[job["fault"]]() if job.get("fault") else []
-    changes = [*changes, (training, "load_checkpoint", reading), (distributed, "load_checkpoint", reading)]
+    changes = [*changes, (ranks, "load_checkpoint", reading), (distributed, "load_checkpoint", reading)]
     with planted(changes + (COUNTED if job.get("count") else [])):
         try: result = train(model, config, resume=job.get("resume", False) or restart_count() > 0,
                             corpus={"text": TEXTS}, tokenizer=train_tokenizer(TEXTS, 280), progress=False,
@@ -200,10 +200,10 @@ ODD = [KeyError("x"), OSError(2, "missing", "a.txt"), json.JSONDecodeError("bad"
 
 def errors(parallel: str) -> list:
     """What each rank sees of errors that happen on rank 0: [type, words, who tells it]."""
-    ranks, seen = join(parallel), []
+    group, seen = join(parallel), []
     for error in ODD:
         def fail(error=error): raise error
-        try: ranks.on_rank_zero(fail)
+        try: group.on_rank_zero(fail)
         except Exception as seen_here:
             seen.append([type(seen_here).__name__, str(seen_here), seen_here.reported_by_rank_zero])
     return seen

@@ -423,7 +423,7 @@ def test_a_run_that_starts_from_another_takes_its_sizes_and_tokenizer(two_runs, 
 
 @pytest.mark.parametrize("preset", [[], ["--preset", "tiny"]])
 def test_resume_without_a_run_is_refused_at_once(workplace, monkeypatch, preset):
-    monkeypatch.setattr("optimus.training.tokenize", None)
+    monkeypatch.setattr("optimus.training.prepare_data", None)
     refused = workplace("train", "--resume", "--training.checkpoint-dir", "nothing", *preset)
     assert refused.returncode == 1 and refused.stderr.count("\n") == 1
     assert "no run to resume in nothing" in refused.stderr and "without --resume" in refused.stderr

@@ -22,7 +22,7 @@ from rank_worker import run as run_job
 from optimus import ModelConfig, TrainingConfig, cli, train
 from optimus.checkpoint import find_damage, load_checkpoint, step_folders
 from optimus.distributed import bytes_sent_per_rank, join, memory_per_rank, picklable
-from optimus.training import SINGLE_PROCESS, Ranks
+from optimus.ranks import SINGLE_PROCESS, Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 DDP, FSDP, DROPOUT = dict(parallel="ddp"), dict(parallel="fsdp"), dict(dropout=0.2)
@@ -315,7 +315,7 @@ def test_the_command_trains_on_two_ranks(tmp_path):
 def test_torchrun_without_parallel_and_parallel_without_torchrun_are_refused(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(ValueError, match="'ddp'.*needs torchrun: torchrun --nproc-per-node=N"): join("ddp")
-    assert join("none").ranks == 1
+    assert join("none").world_size == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="started 2 processes.*--training.parallel ddp"): join("none")
 

@@ -18,10 +18,12 @@ import pytest
 import torch
 from fork_server import CONFIG, MODEL, TEXTS
 
-from optimus import LanguageModel, ModelConfig, TrainingConfig, checkpoint, training
+from optimus import (LanguageModel, ModelConfig, TrainingConfig, checkpoint, devices, ranks, run_inputs,
+                     run_log, runs, training)
 from optimus.checkpoint import (CheckpointError, latest_checkpoint, load_checkpoint, sha256_of, step_folders,
                                 write_manifest)
 from optimus.data import Sequences, batches, prepare, train_tokenizer
+from optimus.ranks import SINGLE_PROCESS
 from optimus.training import (Muon, StopRequest, TrainingState, accumulate_gradients, amp_dtype,
                               choose_tokenizer, evaluate, learning_rate_at, make_optimizer, orthogonalize,
                               train, train_step)
@@ -356,9 +358,9 @@ def test_the_equality_fails_when_one_item_of_state_is_lost(go, monkeypatch, item
         ITEMS[item](self, tensors, numbers)
         restore(self, tensors, numbers)
     if item == "step":
-        load = training.load_checkpoint
+        load = ranks.load_checkpoint
         first = lambda path, **how: replace_step(load(path, **how), 0)
-        monkeypatch.setattr(training, "load_checkpoint", first)
+        monkeypatch.setattr(ranks, "load_checkpoint", first)
     else: monkeypatch.setattr(TrainingState, "restore", forgetful)
     parts = go("parts", resume=True, amp="fp16", max_steps=25)
     assert (curve(parts) == curve(whole)) == (item == "nothing")
@@ -388,7 +390,7 @@ def test_resume_without_any_checkpoint_starts_at_the_beginning(go):
 ])
 def test_another_run_cannot_be_resumed_by_mistake(go, change, words, monkeypatch):
     go("run", stop=3)
-    monkeypatch.setattr(training, "load_checkpoint", None)  # refused before any tensor is read
+    monkeypatch.setattr(ranks, "load_checkpoint", None)  # refused before any tensor is read
     with pytest.raises(ValueError, match=f"cannot resume: {words}"): go("run", resume=True, **change)
 
 
@@ -398,7 +400,7 @@ OTHERS = [["edited", *TEXTS[1:]], TEXTS[1:], [*TEXTS, "more"], TEXTS[::-1]]
 @pytest.mark.parametrize("texts", OTHERS, ids=["edited", "shorter", "longer", "another order"])
 def test_another_text_is_refused_in_words(go, texts, monkeypatch):
     go("run", stop=3, dataset_name="my.txt")
-    monkeypatch.setattr(training, "load_checkpoint", None)
+    monkeypatch.setattr(ranks, "load_checkpoint", None)
     words = "run: the text of the corpus my.txt has changed since step 3; bring the old text back, or begin"
     with pytest.raises(ValueError, match=words) as error:
         go("run", resume=True, texts=texts, dataset_name="my.txt")
@@ -672,7 +674,7 @@ def test_two_processes_do_not_train_in_one_folder(go, monkeypatch):
     folder = go("run", stop=3).checkpoint.parent
     def tree(): return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
     before = tree()
-    monkeypatch.setattr(training, "lock_run", partial(training.lock_run, seconds=0.1))
+    monkeypatch.setattr(runs, "lock_run", partial(runs.lock_run, seconds=0.1))
     hold = ("import sys, filelock\nwith filelock.FileLock(sys.argv[1]):\n"
             "    print(flush=True)\n    input()")
     with subprocess.Popen([sys.executable, "-c", hold, str(folder / ".lock")], text=True,
@@ -685,17 +687,17 @@ def test_two_processes_do_not_train_in_one_folder(go, monkeypatch):
 
 
 def test_a_second_process_does_not_write_over_what_the_first_trained_meanwhile(go, monkeypatch, tmp_path):
-    lock_run, trees = training.lock_run, []
+    lock_run, trees = runs.lock_run, []
     folder = tmp_path / "checkpoints" / "run"
     def tree(): return {p: p.read_bytes() for p in folder.rglob("[!.]*") if p.is_file()}
 
     def waits(*arguments):
-        monkeypatch.setattr(training, "lock_run", lock_run)
+        monkeypatch.setattr(runs, "lock_run", lock_run)
         go("run", stop=3, seed=5)  # the other process, which has the folder first
         trees.append(tree())
         return lock_run(*arguments)
 
-    monkeypatch.setattr(training, "lock_run", waits)
+    monkeypatch.setattr(runs, "lock_run", waits)
     with pytest.raises(ValueError, match="run already holds a run; resume it"): go("run", seed=6)
     assert [tree()] == trees
 
@@ -732,13 +734,13 @@ def test_a_history_that_cannot_be_written_names_the_file(go, monkeypatch):
         def seek(self, *where): return 0
         def write(self, text): raise OSError(28, "No space left on device")
         def close(self): raise OSError(28, "No space left on device")
-    begin = training.RunLog.__init__
+    begin = run_log.History.__init__
 
     def on_a_full_disk(self, *arguments):
         begin(self, *arguments)
         self.file = Full()
 
-    monkeypatch.setattr(training.RunLog, "__init__", on_a_full_disk)
+    monkeypatch.setattr(run_log.History, "__init__", on_a_full_disk)
     words = "could not write .*run/history.jsonl: No space left.*bytes free"
     with pytest.raises(CheckpointError, match=words): go("run")
 
@@ -762,7 +764,7 @@ def test_resume_without_a_run_is_an_error_and_failed_starts_are_not_runs(go, tmp
 
 def test_what_cannot_run_is_refused_before_the_corpus_is_tokenized(go, tmp_path, monkeypatch):
     go("run", stop=1)
-    monkeypatch.setattr(training, "tokenize", None)
+    monkeypatch.setattr(training, "prepare_data", None)
     with pytest.raises(ValueError, match="no run to resume in .*resume=True"):
         go(None, resume=True, checkpoint_dir=str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="run already holds a run; resume it"): go("run")
@@ -794,7 +796,7 @@ def test_tf32_is_allowed_only_inside_a_mixed_precision_run_on_cuda(go, monkeypat
     now = torch.get_float32_matmul_precision
     for dtype, device, wanted in ((torch.bfloat16, "cuda", "high"), (None, "cuda", "highest"),
                                   (torch.bfloat16, "cpu", "highest")):
-        with pytest.raises(KeyError), training.allow_tf32(dtype, torch.device(device)):
+        with pytest.raises(KeyError), devices.allow_tf32(dtype, torch.device(device)):
             assert now() == wanted
             raise KeyError
         assert now() == "highest"
@@ -992,7 +994,7 @@ def test_the_third_signal_interrupts_even_a_step(go, monkeypatch):
 
 
 def test_with_several_ranks_only_the_third_signal_interrupts():
-    with pytest.raises(KeyboardInterrupt), StopRequest(ranks=2) as stop:
+    with pytest.raises(KeyboardInterrupt), StopRequest(SimpleNamespace(world_size=2)) as stop:
         for count in (1, 2, 3):
             assert stop.count == count - 1
             os.kill(os.getpid(), signal.SIGINT)
@@ -1113,11 +1115,11 @@ def test_a_run_resumes_on_fewer_and_on_more_gpus(monkeypatch, saved, index, want
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: f"state of {device}")
     device = torch.device("cuda", index) if index is not None else torch.device("cuda")
     before = [f"GPU {i}" for i in range(saved)]
-    training.SINGLE_PROCESS.set_rng_state({"cpu": state, "cuda": before}, device)
+    ranks.restore_rng_state(SINGLE_PROCESS, {"cpu": state, "cuda": before}, device)
     assert given == [(f"GPU {wanted}", device)]
-    assert training.SINGLE_PROCESS.rng_state(device)["cuda"] == [f"state of {device}"]
-    training.SINGLE_PROCESS.set_rng_state({"cpu": state, "cuda": []}, device)  # saved on a CPU
-    training.SINGLE_PROCESS.set_rng_state({"cpu": state, "cuda": ["GPU 0"]}, torch.device("cpu"))
+    assert ranks.gather_rng_state(SINGLE_PROCESS, device)["cuda"] == [f"state of {device}"]
+    ranks.restore_rng_state(SINGLE_PROCESS, {"cpu": state, "cuda": []}, device)  # saved on a CPU
+    ranks.restore_rng_state(SINGLE_PROCESS, {"cpu": state, "cuda": ["GPU 0"]}, torch.device("cpu"))
     assert len(given) == 1
 
 
@@ -1160,13 +1162,13 @@ def test_parts_that_fitted_on_one_gpu_say_nothing_about_another(go, monkeypatch,
     ({"asked": None, "fits": "two"}, None), ([], None), ({}, None)])
 def test_a_note_about_parts_counts_on_the_device_it_names(tmp_path, note, fits):
     (tmp_path / "micro_batch_size").write_text(json.dumps(note))
-    assert training.micro_batch_hint(tmp_path, TrainingConfig(), torch.device("cpu")) == fits
+    assert runs.micro_batch_hint(tmp_path, None, "cpu") == fits
 
 
 def test_a_gpu_is_named_with_its_memory(monkeypatch):
     facts = SimpleNamespace(name="Some GPU", total_memory=80_000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
-    assert training.describe_device(torch.device("cuda")) == "Some GPU with 80,000 bytes"
+    assert devices.describe_device(torch.device("cuda")) == "Some GPU with 80,000 bytes"
 
 
 @pytest.mark.parametrize("settings, saved, wanted", [
@@ -1177,7 +1179,7 @@ def test_a_gpu_is_named_with_its_memory(monkeypatch):
     (dict(dataset_name="."), {"corpus": {"documents": None}}, None),
     (dict(dataset_name=".", dataset_size=9), {"corpus": {"documents": None}}, 9)])
 def test_a_size_cuts_what_is_on_the_hub_and_other_corpora_only_when_given(settings, saved, wanted):
-    assert training.document_limit(TrainingConfig(**settings), saved) == wanted
+    assert run_inputs.document_limit(TrainingConfig(**settings), saved) == wanted
 
 
 def test_a_corpus_of_ones_own_is_cut_where_that_is_asked_for(go, tmp_path, tokenizer):
@@ -1251,13 +1253,13 @@ def test_a_start_of_other_sizes_in_force_is_refused(go, given, change, shown):
 def test_the_best_device_is_cuda_then_mps_then_the_cpu(monkeypatch, cuda, mps, wanted, why):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    device = training.best_device()
-    assert device.type == wanted and why in training.why_device(device)
+    device = devices.best_device()
+    assert device.type == wanted and why in devices.why_device(device)
     for kind, there in (("cuda", cuda), ("mps", mps), ("cpu", True)):
-        assert training.is_device_available(torch.device(kind)) == there
+        assert devices.is_device_available(torch.device(kind)) == there
     if not mps:
         with pytest.raises(ValueError, match=r"device is mps, but this machine has no Apple \(mps\) GPU"):
-            training.check_device(torch.device("mps"))
+            devices.check_device(torch.device("mps"))
 
 
 def test_precision_memory_and_random_state_on_mps(monkeypatch):
@@ -1267,9 +1269,9 @@ def test_precision_memory_and_random_state_on_mps(monkeypatch):
     assert training.is_out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"))
     monkeypatch.setattr(torch.mps, "get_rng_state", lambda: "mps state")
     monkeypatch.setattr(torch.mps, "set_rng_state", seen.append)
-    with training.isolated_rng(mps): drawn = torch.rand(3)
+    with devices.isolated_rng(mps): drawn = torch.rand(3)
     assert seen == ["mps state"] and torch.equal(drawn, torch.rand(3))
-    training.set_rng_state(mps, {"cpu": torch.get_rng_state(), "cuda": ["of another machine"]})
+    devices.set_rng_state(mps, {"cpu": torch.get_rng_state(), "cuda": ["of another machine"]})
     assert seen == ["mps state"]
 
 
