@@ -70,6 +70,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'optimus.checkpoint': { 'optimus.checkpoint.Checkpoint': ('checkpoints.html#checkpoint', 'optimus/checkpoint.py'),
                                     'optimus.checkpoint.CheckpointError': ('checkpoints.html#checkpointerror', 'optimus/checkpoint.py'),
                                     'optimus.checkpoint._StateTypeError': ('checkpoints.html#_statetypeerror', 'optimus/checkpoint.py'),
+                                    'optimus.checkpoint._check_finite': ('checkpoints.html#_check_finite', 'optimus/checkpoint.py'),
                                     'optimus.checkpoint._check_keep_last': ('checkpoints.html#_check_keep_last', 'optimus/checkpoint.py'),
                                     'optimus.checkpoint._save_train_state': ('checkpoints.html#_save_train_state', 'optimus/checkpoint.py'),
                                     'optimus.checkpoint._without_nan': ('checkpoints.html#_without_nan', 'optimus/checkpoint.py'),

@@ -32,7 +32,8 @@ BOTH = pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def torchrun(*words, cache, seconds=170, options=()):
     """Run two ranks to their end; a hang is an error."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"OPTIMUS_CACHE": str(cache), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    environment |= {"OPTIMUS_CACHE": str(cache), "OMP_NUM_THREADS": "1",
+                    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
     return subprocess.run([*command, *map(str, words)], cwd=ROOT, env=environment, capture_output=True,
                           text=True, timeout=seconds)
