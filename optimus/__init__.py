@@ -9,6 +9,7 @@ Modules:
 - `optimus.config`: Write every size down once, refuse what cannot work, and predict cost before anything is built.
 - `optimus.corpus`: One function opens every corpus, built in, on your disk or on the hub, and none of them has to fit in memory.
 - `optimus.data`: Turn documents into one long row of token ids on disk, and make the batch at a step a pure function of (seed, step).
+- `optimus.devices`: Ask the machine what it has, compute in the shortest number type it is fast at, and leave the caller's random numbers alone.
 - `optimus.distributed`: Give every rank a share of the batch, let the ranks add up what they must share, and nothing but the speed changes.
 - `optimus.exercises`: Run a model, see the map, and learn how your own answers are judged.
 - `optimus.feedforward`: Let one projection of a token decide how much of another projection gets through.
@@ -18,9 +19,16 @@ Modules:
 - `optimus.mla`: Cache one small vector per token instead of every head's key and value.
 - `optimus.model_card`: The page beside a published model says what was written down about it, and nothing else.
 - `optimus.norm`: Set every token vector to unit root-mean-square, then learn its scale back.
+- `optimus.optimizers`: Scale each weight's step by the history of its gradients, or straighten the whole matrix at once.
 - `optimus.panel`: Put a hand on every setting of a model, and see at once what each does to the next token and to the text.
 - `optimus.pretrained`: A model is two files, and opening one means asking whether its names and shapes are those that its sizes call for.
+- `optimus.ranks`: Everything that processes must do together goes through one object; with a single process it does nothing.
 - `optimus.rope`: Turn each query and key by an angle proportional to its position: their dot product then sees only the distance.
+- `optimus.run_inputs`: Choose the tokenizer, the documents and the first weights from the settings, and refuse what does not fit together.
+- `optimus.run_log`: Keep every step twice: exact numbers in a file that survives a kill, and TensorBoard for the eyes.
+- `optimus.runs`: Find out which run is meant, hold its folder alone, and refuse to go on with what would be another experiment.
+- `optimus.steps`: Take the gradient in parts that fit, scale it, clip it, and move the weights only when it is finite.
+- `optimus.stopping`: Note the first signal, finish the step and its save, and only then end.
 - `optimus.text_files`: Read the documents of any folder one at a time, and say which file and which line cannot be read.
 - `optimus.timing`: Repeat the work, keep the fastest run, and print the figure so that nobody mistakes it for a promise.
 - `optimus.token_files`: Tokenize a corpus once into two files of ids, whatever its size, and go on where a stopped attempt ended.

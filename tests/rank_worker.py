@@ -17,16 +17,16 @@ import torch
 import torch.distributed as dist
 from fork_server import CONFIG, MODEL, TEXTS
 
-from optimus import LanguageModel, ModelConfig, TrainingConfig, distributed, train, training
+from optimus import LanguageModel, ModelConfig, TrainingConfig, distributed, ranks, train, training
 from optimus.checkpoint import CheckpointError, load_checkpoint
 from optimus.data import batches, train_tokenizer
-from optimus.distributed import DDPRanks, FSDPRanks, join, starts_before
+from optimus.distributed import DDPRanks, FSDPRanks, join, restart_count
 from optimus.transformer import MLATransformerBlock
 
 SCATTERS = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 RANK = int(os.environ.get("RANK", 0))
 LOSS, BLOCK, REPLICATE = LanguageModel.loss, MLATransformerBlock.forward, DDPRanks.replicate
-WHOLE, SCATTER = FSDPRanks.whole, getattr(dist, SCATTERS)
+GATHER, SCATTER = FSDPRanks.gather, getattr(dist, SCATTERS)
 exchanges = 0  # of gradients, counted while a job says "count"
 
 
@@ -77,14 +77,14 @@ def uneven(sequences, batch_size, steps, *, rank=0, world_size=1, **options):
 
 def same_data(*a, rank=0, **options): return batches(*a, rank=0, **options)
 def refused(*a, **options): raise CheckpointError("could not write: pretended")
-def counted_locally(self, x): return x.detach().cpu() * self.ranks
-def always_exchanged(self, model, last): return contextlib.nullcontext()
-def always_scattered(self, model, last): return contextlib.nullcontext()  # FSDP's default
+def counted_locally(self, x): return x.detach().cpu() * self.world_size
+def always_exchanged(self, model, is_last): return contextlib.nullcontext()
+def always_scattered(self, model, is_last): return contextlib.nullcontext()  # FSDP's default
 
 
 def only_shards(self, value):
-    """`whole` that forgets the optimizer: momenta are zeros instead of what the ranks hold."""
-    value = WHOLE(self, value)
+    """`gather` that forgets the optimizer: momenta are zeros instead of what the ranks hold."""
+    value = GATHER(self, value)
     for entry in value.get("state", {}).values() if isinstance(value, dict) else ():
         for x in filter(torch.is_tensor, entry.values()): x.zero_()
     return value
@@ -94,7 +94,7 @@ INIT = LanguageModel.__init__
 UNEVEN = (training, "batches", uneven)
 FAULTS = {
     "uneven": lambda: [UNEVEN],
-    "uneven, counted locally": lambda: [UNEVEN, (DDPRanks, "sum", counted_locally)],
+    "uneven, counted locally": lambda: [UNEVEN, (DDPRanks, "all_sum", counted_locally)],
     "same data": lambda: [(training, "batches", same_data)],
     "memory": lambda: [on_rank_1(too_long)],
     "memory in a block": lambda: [(LanguageModel, "__init__", marked_blocks),
@@ -106,8 +106,9 @@ FAULTS = {
                              (training, "amp_dtype", lambda amp, device: torch.float16),
                              (training, "autocast", lambda dtype, device: contextlib.nullcontext())],
     "refused": lambda: [(training, "save_checkpoint", refused)],
-    "always exchanged": lambda: [(DDPRanks, "part", always_exchanged), (FSDPRanks, "part", always_scattered)],
-    "only shards": lambda: [(FSDPRanks, "whole", only_shards)],
+    "always exchanged": lambda: [(DDPRanks, "micro_batch", always_exchanged),
+                                 (FSDPRanks, "micro_batch", always_scattered)],
+    "only shards": lambda: [(FSDPRanks, "gather", only_shards)],
 }
 
 
@@ -157,7 +158,7 @@ def run(folder: Path, job: dict) -> dict:
         ahead = torch.Generator()
         ahead.set_state(torch.get_rng_state())
         streams.append(torch.rand(2, generator=ahead).tolist())
-        killed = row["step"] == job.get("kill") and not starts_before()
+        killed = row["step"] == job.get("kill") and not restart_count()
         if RANK == 1 and killed: os.kill(os.getpid(), signal.SIGKILL)
         if RANK == 1 and row["step"] == job.get("signal"): os.kill(os.getpid(), signal.SIGTERM)
         last_rank = RANK == int(os.environ.get("WORLD_SIZE", 1)) - 1
@@ -169,11 +170,11 @@ def run(folder: Path, job: dict) -> dict:
         read.append(str(path))
         return load_checkpoint(path, **how)
     changes = FAULTS[job["fault"]]() if job.get("fault") else []
-    changes = [*changes, (training, "load_checkpoint", reading), (distributed, "load_checkpoint", reading)]
+    changes = [*changes, (ranks, "load_checkpoint", reading), (distributed, "load_checkpoint", reading)]
     with planted(changes + (COUNTED if job.get("count") else [])):
-        try: result = train(model, config, resume=job.get("resume", False) or starts_before() > 0,
+        try: result = train(model, config, resume=job.get("resume", False) or restart_count() > 0,
                             corpus={"text": TEXTS}, tokenizer=train_tokenizer(TEXTS, 280), progress=False,
-                            on_step=on_step, spread=join(config.parallel))
+                            on_step=on_step, ranks=join(config.parallel))
         except (CheckpointError, ValueError) as error: return {"error": f"{type(error).__name__}: {error}"}
     rows = result.history
     model = result.model
@@ -199,12 +200,12 @@ ODD = [KeyError("x"), OSError(2, "missing", "a.txt"), json.JSONDecodeError("bad"
 
 def errors(parallel: str) -> list:
     """What each rank sees of errors that happen on rank 0: [type, words, who tells it]."""
-    spread, seen = join(parallel), []
+    group, seen = join(parallel), []
     for error in ODD:
         def fail(error=error): raise error
-        try: spread.first(fail)
+        try: group.on_rank_zero(fail)
         except Exception as seen_here:
-            seen.append([type(seen_here).__name__, str(seen_here), seen_here.told])
+            seen.append([type(seen_here).__name__, str(seen_here), seen_here.reported_by_rank_zero])
     return seen
 
 

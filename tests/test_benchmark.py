@@ -16,7 +16,7 @@ from optimus.benchmark import (LiveBytes, bench, bench_table, contenders, create
                                median_seconds, model_flops_utilization, state_bytes, table,
                                training_flops_per_token, training_pair)
 from optimus.config import ModelConfig, TrainingConfig, flops_per_token, training_memory
-from optimus.training import start_run
+from optimus.training import start_or_resume
 from optimus.transformer import LanguageModel
 
 # Sizes are distinct primes times what divisibility needs.
@@ -148,7 +148,7 @@ def test_the_first_step_already_carries_the_optimizers_memory_beside_the_activat
 
 
 def test_creating_the_optimizer_state_allocates_all_of_it_and_keeps_no_gradient():
-    run = start_run(SMALL, TrainingConfig(amp="off"), CPU, None, {})
+    run = start_or_resume(SMALL, TrainingConfig(amp="off"), CPU)
     assert state_bytes(run)["optimizer"] == 0
     create_optimizer_state(run)
     held = state_bytes(run)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from optimus import LanguageModel, ModelConfig, checkpoint
-from optimus.checkpoint import (CheckpointError, latest_checkpoint, load_checkpoint, problem, prune,
+from optimus.checkpoint import (CheckpointError, find_damage, latest_checkpoint, load_checkpoint, prune,
                                 remove_leftovers, save_checkpoint, sha256_of, step_folders)
 from optimus.data import train_tokenizer
 
@@ -97,7 +97,7 @@ def test_a_bad_manifest_disqualifies(run, text, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "sha256_of", lambda path: read.append(path.resolve()) or sha256_of(path))
     with pytest.warns(UserWarning, match="step-00000003"):
         assert latest_checkpoint(run) == run / "step-00000002"
-    assert problem(folder) is not None
+    assert find_damage(folder) is not None
     assert read and secret not in read, "a file outside the checkpoint was read"
 
 
@@ -206,7 +206,7 @@ def test_a_save_again_that_cannot_be_renamed_leaves_the_old_one_in_place(run, mo
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(CheckpointError, match="the disk said no"):
         save_checkpoint(run, model, 3, trainer_state={"seed": 8})
-    assert sorted(os.listdir(run)) == before and problem(run / "step-00000003") is None
+    assert sorted(os.listdir(run)) == before and find_damage(run / "step-00000003") is None
 
 
 @pytest.mark.parametrize("name", ["train_state.pt", "tokenizer.json", "trainer_state.json"])
@@ -246,7 +246,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_cleans_up(tmp_path, limit):
     assert out.returncode == 0, out.stderr
     for words in ("could not write the checkpoint", str(run), "bytes free"): assert words in out.stdout
     assert limit == 10_000 or "step-00000002: File too large (" in out.stdout  # not torch's riddle
-    assert os.listdir(run) == ["step-00000001"] and problem(run / "step-00000001") is None
+    assert os.listdir(run) == ["step-00000001"] and find_damage(run / "step-00000001") is None
 
 
 @pytest.mark.parametrize("states, words", [

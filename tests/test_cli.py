@@ -27,7 +27,7 @@ from fork_server import TEXTS
 
 import optimus
 from optimus import ModelConfig, TrainingConfig, cli
-from optimus.checkpoint import problem
+from optimus.checkpoint import find_damage
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -423,7 +423,7 @@ def test_a_run_that_starts_from_another_takes_its_sizes_and_tokenizer(two_runs, 
 
 @pytest.mark.parametrize("preset", [[], ["--preset", "tiny"]])
 def test_resume_without_a_run_is_refused_at_once(workplace, monkeypatch, preset):
-    monkeypatch.setattr("optimus.training.tokenize", None)
+    monkeypatch.setattr("optimus.training.prepare_data", None)
     refused = workplace("train", "--resume", "--training.checkpoint-dir", "nothing", *preset)
     assert refused.returncode == 1 and refused.stderr.count("\n") == 1
     assert "no run to resume in nothing" in refused.stderr and "without --resume" in refused.stderr
@@ -589,7 +589,7 @@ def test_with_all_streams_closed_a_run_is_whole_and_nothing_is_written_into_its_
     done = subprocess.run(["bash", "-c", 'exec "$@" <&- >&- 2>&-', "bash", *words], timeout=120)
     assert done.returncode == 0
     [folder] = Path("checkpoints/run-002").glob("step-00000012")
-    assert problem(folder) is None
+    assert find_damage(folder) is None
     rows = Path("checkpoints/run-002/history.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == list(range(1, 13))
 

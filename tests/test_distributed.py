@@ -20,9 +20,9 @@ from rank_worker import ODD
 from rank_worker import run as run_job
 
 from optimus import ModelConfig, TrainingConfig, cli, train
-from optimus.checkpoint import load_checkpoint, problem, step_folders
-from optimus.distributed import bytes_sent_per_rank, join, memory_per_rank, portable
-from optimus.training import ONE_PROCESS, OneProcess
+from optimus.checkpoint import find_damage, load_checkpoint, step_folders
+from optimus.distributed import bytes_sent_per_rank, join, memory_per_rank, picklable
+from optimus.ranks import SINGLE_PROCESS, Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 DDP, FSDP, DROPOUT = dict(parallel="ddp"), dict(parallel="fsdp"), dict(dropout=0.2)
@@ -32,7 +32,8 @@ BOTH = pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def torchrun(*words, cache, seconds=170, options=()):
     """Run two ranks to their end; a hang is an error."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"OPTIMUS_CACHE": str(cache), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    environment |= {"OPTIMUS_CACHE": str(cache), "OMP_NUM_THREADS": "1",
+                    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
     return subprocess.run([*command, *map(str, words)], cwd=ROOT, env=environment, capture_output=True,
                           text=True, timeout=seconds)
@@ -192,7 +193,7 @@ def test_the_equality_fails_when_the_optimizer_is_not_gathered(ranks, single):
 @BOTH
 def test_the_folder_is_that_of_one_process(ranks, single, kind):
     one, two = Path(single()["checkpoint"]), Path(ranks(kind)[1][0]["plain"]["checkpoint"])
-    assert problem(two) is None
+    assert find_damage(two) is None
     assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
     a, b = load_checkpoint(one).train_state, load_checkpoint(two).train_state
     assert a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()
@@ -274,13 +275,13 @@ def test_an_error_travels_as_it_is_or_at_least_with_its_words(ranks, kind):
 
 @pytest.mark.parametrize("error", ODD[:-1], ids=lambda e: type(e).__name__)
 def test_what_is_portable_is_itself_on_the_other_side(error):
-    there = ForkingPickler.loads(pickle.dumps(portable(error)))
+    there = ForkingPickler.loads(pickle.dumps(picklable(error)))
     assert (type(there), str(there)) == (type(error), str(error))
 
 
 def test_an_error_that_cannot_travel_is_told_in_its_words():
-    with pytest.raises(TypeError): pickle.loads(pickle.dumps(ODD[-1]))  # noqa: S301  what portable is for
-    assert repr(portable(ODD[-1])) == "RuntimeError('Local: 1 and 2')"
+    with pytest.raises(TypeError): pickle.loads(pickle.dumps(ODD[-1]))  # noqa: S301  what picklable is for
+    assert repr(picklable(ODD[-1])) == "RuntimeError('Local: 1 and 2')"
 
 
 @pytest.mark.slow
@@ -304,42 +305,42 @@ def test_the_command_trains_on_two_ranks(tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("on 2 ranks (fsdp) of cpu") == done.stdout.count("trained ") == 1
     assert done.stdout.count("sample: ") == 1
-    assert problem(tmp_path / "c" / "run-001" / "step-00000004") is None
+    assert find_damage(tmp_path / "c" / "run-001" / "step-00000004") is None
     words = [*words[:3], "--resume", "--training.checkpoint-dir", tmp_path / "c", "--training.max-steps", "6"]
     done = torchrun(*words, cache=tmp_path / "cache")  # all other settings, `fsdp` too, are the run's own
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("continuing ") == done.stdout.count("on 2 ranks (fsdp) of cpu") == 1
-    assert problem(tmp_path / "c" / "run-001" / "step-00000006") is None
+    assert find_damage(tmp_path / "c" / "run-001" / "step-00000006") is None
 
 
 def test_torchrun_without_parallel_and_parallel_without_torchrun_are_refused(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(ValueError, match="'ddp'.*needs torchrun: torchrun --nproc-per-node=N"): join("ddp")
-    assert join("none").ranks == 1
+    assert join("none").world_size == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="started 2 processes.*--training.parallel ddp"): join("none")
 
 
 def test_train_without_its_ranks_is_refused(tmp_path):
     config = TrainingConfig(parallel="ddp", checkpoint_dir=str(tmp_path))
-    with pytest.raises(ValueError, match="parallel is 'ddp'.*spread"): train(ModelConfig(), config)
+    with pytest.raises(ValueError, match="parallel is 'ddp'.*ranks"): train(ModelConfig(), config)
     with pytest.raises(ValueError, match=re.escape("parallel must be one of 'none', 'ddp', 'fsdp'")):
         TrainingConfig(parallel="zero")
 
 
 def test_a_run_that_torchrun_starts_again_goes_on_and_one_process_begins_anew(tmp_path, monkeypatch, capsys):
     """The command's two starts, with ranks that note the run's name as torchrun's store would."""
-    class Noting(OneProcess):
-        def note(self, run_name): notes.append(run_name)
-        def noted(self): return notes[-1] if notes else None
+    class Noting(Ranks):
+        def remember_run(self, run_name): notes.append(run_name)
+        def remembered_run(self): return notes[-1] if notes else None
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPTIMUS_CACHE", str(tmp_path / "cache"))
     Path("text.txt").write_text("\n<|endoftext|>\n".join(TEXTS))
     words = ["train", "--preset", "tiny", "--corpus", "text.txt", "--model.vocab-size", "300",
              "--training.max-length", "16", "--training.max-steps"]
     notes, started = [], []
-    for spread, steps, restarts in ((Noting(), 1, None), (Noting(), 2, "1"), (ONE_PROCESS, 1, "2")):
-        monkeypatch.setattr("optimus.distributed.join", lambda parallel, spread=spread: spread)
+    for ranks, steps, restarts in ((Noting(), 1, None), (Noting(), 2, "1"), (SINGLE_PROCESS, 1, "2")):
+        monkeypatch.setattr("optimus.distributed.join", lambda parallel, ranks=ranks: ranks)
         if restarts: monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
         assert cli.main([*words, str(steps)]) == 0
         started.append(capsys.readouterr().out.split(":")[0])
@@ -359,7 +360,7 @@ def test_an_environment_that_torchrun_did_not_make_is_refused_in_a_sentence(monk
 
 
 def test_one_process_that_torchrun_started_again_has_noted_no_run():
-    assert ONE_PROCESS.noted() is None  # the command line asks it when TORCHELASTIC_RESTART_COUNT is set
+    assert SINGLE_PROCESS.remembered_run() is None  # asked when TORCHELASTIC_RESTART_COUNT is set
 
 
 @pytest.mark.parametrize("predicted", [bytes_sent_per_rank, memory_per_rank])

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from optimus import cli
-from optimus.checkpoint import problem, step_folders, step_of
+from optimus.checkpoint import find_damage, step_folders, step_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -86,7 +86,7 @@ def test_a_kill_before_every_single_write_of_a_step_leaves_the_curve_as_it_was(s
         server.start(**places["b"], kill_at=kills)
         assert server.wait() == -signal.SIGKILL
         inside += unfinished_save(folder)
-        assert all(problem(p) is None for p in step_folders(folder)), "an unreadable checkpoint"
+        assert all(find_damage(p) is None for p in step_folders(folder)), "an unreadable checkpoint"
         log = logged(folder)
         assert all(whole[step] == loss for step, loss in log.items())
         steps = max(map(step_of, step_folders(folder)), default=0)
@@ -104,7 +104,7 @@ def test_twelve_kills_at_any_time_leave_the_curve_as_it_was(server, places, tmp_
         time.sleep(dice.uniform(0.03, 0.3))
         with contextlib.suppress(ProcessLookupError): os.kill(child, signal.SIGKILL)
         assert server.wait() in (0, -signal.SIGKILL)
-        assert all(problem(p) is None for p in step_folders(folder)), "an unreadable checkpoint"
+        assert all(find_damage(p) is None for p in step_folders(folder)), "an unreadable checkpoint"
         assert all(whole[step] == loss for step, loss in logged(folder).items())
     finish(server, places, folder, whole)
 
@@ -148,7 +148,7 @@ def test_a_disk_that_is_full_from_any_write_on_costs_one_sentence_and_no_checkpo
         told = [line for line in err.splitlines() if line.startswith("optimus: ")]
         assert code == 0 or (code, len(told)) == (1, 1) and "No space left" in told[0], (at, err)
         assert "Traceback" not in err
-        assert all(problem(path) is None for path in (*sound, *step_folders(run)))
+        assert all(find_damage(path) is None for path in (*sound, *step_folders(run)))
     assert at > 25 and logged(run) == logged(tmp_path / "whole" / "c" / "run")
 
 
@@ -184,7 +184,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(tmp_path, corpus):
     assert child.returncode == code, err
     steps = [json.loads(line)["step"] for line in history.read_text().splitlines()]
     newest = step_folders(history.parent)[-1]
-    assert int(newest.name[5:]) == steps[-1] and problem(newest) is None
+    assert int(newest.name[5:]) == steps[-1] and find_damage(newest) is None
     assert "Traceback" not in err
     command = re.search(r"    optimus (train --resume.*)", out)[1].split()
     again = run_cli(tmp_path, *command)

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from optimus.checkpoint import seal
+from optimus.checkpoint import write_manifest
 from optimus.config import ModelConfig
 from optimus.data import save_tokenizer, train_tokenizer
 from optimus.generation import next_token_probabilities, stream
@@ -723,7 +723,7 @@ def save_run(folder, tokenizer, seed):
     path = folder / "step-00000003"
     model.save_pretrained(path)
     save_tokenizer(tokenizer, path)
-    seal(path)
+    write_manifest(path)
     return model
 
 

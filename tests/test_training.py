@@ -18,12 +18,15 @@ import pytest
 import torch
 from fork_server import CONFIG, MODEL, TEXTS
 
-from optimus import LanguageModel, ModelConfig, TrainingConfig, checkpoint, training
-from optimus.checkpoint import (CheckpointError, latest_checkpoint, load_checkpoint, seal, sha256_of,
-                                step_folders)
+from optimus import (LanguageModel, ModelConfig, TrainingConfig, checkpoint, devices, ranks, run_inputs,
+                     run_log, runs, training)
+from optimus.checkpoint import (CheckpointError, latest_checkpoint, load_checkpoint, sha256_of, step_folders,
+                                write_manifest)
 from optimus.data import Sequences, batches, prepare, train_tokenizer
-from optimus.training import (Muon, RunState, StopRequest, accumulate_gradients, amp_dtype, choose_tokenizer,
-                              evaluate, learning_rate_at, make_optimizer, orthogonalize, train, train_step)
+from optimus.ranks import SINGLE_PROCESS
+from optimus.training import (Muon, StopRequest, TrainingState, accumulate_gradients, amp_dtype,
+                              choose_tokenizer, evaluate, learning_rate_at, make_optimizer, orthogonalize,
+                              train, train_step)
 
 PLAIN = contextlib.nullcontext()
 SMALL = ModelConfig(**MODEL)
@@ -181,7 +184,7 @@ def test_a_step_waits_for_the_device_once(batch, monkeypatch, fields, optimizer)
     with torch.device("meta"): model = LanguageModel(replace(SMALL, dropout=0.1, **fields))
     # AdamW's fused kernel does not exist there
     adamw = optimizer == "adamw" and torch.optim.AdamW(model.parameters(), fused=False)
-    run, reads = RunState(model, adamw or make_optimizer(model, config), scaler(False), 3), []
+    run, reads = TrainingState(model, adamw or make_optimizer(model, config), scaler(False), 3), []
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(self.device.type) or [1.0, 1.0])
     train_step(run, *(t.to("meta") for t in batch), config, 1e-3, PLAIN)
     assert reads == ["meta"] and run.updates == 1
@@ -200,7 +203,7 @@ def test_a_scaled_gradient_is_unscaled_before_it_is_clipped(batch):
     config, steps = TrainingConfig(gradient_clip_val=0.05), []
     for enabled in (False, True):
         model = tiny()
-        run = RunState(model, torch.optim.SGD(model.parameters()), scaler(enabled), 7)
+        run = TrainingState(model, torch.optim.SGD(model.parameters()), scaler(enabled), 7)
         row = train_step(run, *batch, config, 0.1, PLAIN)
         steps.append((row["gradient_norm"], row["loss"], gradient(model)))
         assert gradient(model).norm() == pytest.approx(0.05, rel=1e-3)
@@ -232,7 +235,8 @@ def test_out_of_memory_halves_the_parts_and_changes_nothing_else(batch, error):
     config, ends = TrainingConfig(), []
     for limit in (7, 2):
         model = tiny()
-        run = RunState(Faulty(model, memory_for(limit, error)), make_optimizer(model, config), scaler(), 7)
+        faulty = Faulty(model, memory_for(limit, error))
+        run = TrainingState(faulty, make_optimizer(model, config), scaler(), 7)
         row = train_step(run, *batch, config, 1e-3, PLAIN)
         ends.append((row["loss"], run.micro_batch_size, gradient(model)))
     assert [e[1] for e in ends] == [7, 2]
@@ -242,7 +246,7 @@ def test_out_of_memory_halves_the_parts_and_changes_nothing_else(batch, error):
 
 def test_out_of_memory_with_one_sequence_is_advice_and_other_errors_pass_through(batch):
     config, model = TrainingConfig(), tiny()
-    run = RunState(Faulty(model, memory_for(0)), make_optimizer(model, config), scaler(), 7)
+    run = TrainingState(Faulty(model, memory_for(0)), make_optimizer(model, config), scaler(), 7)
     with pytest.raises(RuntimeError, match="out of memory with one sequence.*max_length.*checkpointing"):
         train_step(run, *batch, config, 1e-3, PLAIN)
     calls = []
@@ -260,7 +264,7 @@ def test_out_of_memory_with_one_sequence_is_advice_and_other_errors_pass_through
 def test_a_step_that_is_not_finite_is_skipped_and_the_schedule_waits(batch, bad, scaled):
     config, model = TrainingConfig(), tiny()
     fault = Faulty(model, lambda x, loss: loss * bad)
-    run = RunState(fault, make_optimizer(model, config), scaler(scaled), 7)
+    run = TrainingState(fault, make_optimizer(model, config), scaler(scaled), 7)
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
     train_step(run, *batch, config, 1e-3, PLAIN)
     assert torch.equal(torch.cat([p.detach().flatten() for p in model.parameters()]), before)
@@ -348,16 +352,16 @@ def test_the_equality_fails_when_one_item_of_state_is_lost(go, monkeypatch, item
     whole = go("whole", amp="fp16", max_steps=25)
     calls.clear()
     go("parts", stop=9, amp="fp16", max_steps=25)
-    restore = RunState.restore
+    restore = TrainingState.restore
 
     def forgetful(self, tensors, numbers):
         ITEMS[item](self, tensors, numbers)
         restore(self, tensors, numbers)
     if item == "step":
-        load = training.load_checkpoint
+        load = ranks.load_checkpoint
         first = lambda path, **how: replace_step(load(path, **how), 0)
-        monkeypatch.setattr(training, "load_checkpoint", first)
-    else: monkeypatch.setattr(RunState, "restore", forgetful)
+        monkeypatch.setattr(ranks, "load_checkpoint", first)
+    else: monkeypatch.setattr(TrainingState, "restore", forgetful)
     parts = go("parts", resume=True, amp="fp16", max_steps=25)
     assert (curve(parts) == curve(whole)) == (item == "nothing")
 
@@ -386,7 +390,7 @@ def test_resume_without_any_checkpoint_starts_at_the_beginning(go):
 ])
 def test_another_run_cannot_be_resumed_by_mistake(go, change, words, monkeypatch):
     go("run", stop=3)
-    monkeypatch.setattr(training, "load_checkpoint", None)  # refused before any tensor is read
+    monkeypatch.setattr(ranks, "load_checkpoint", None)  # refused before any tensor is read
     with pytest.raises(ValueError, match=f"cannot resume: {words}"): go("run", resume=True, **change)
 
 
@@ -396,7 +400,7 @@ OTHERS = [["edited", *TEXTS[1:]], TEXTS[1:], [*TEXTS, "more"], TEXTS[::-1]]
 @pytest.mark.parametrize("texts", OTHERS, ids=["edited", "shorter", "longer", "another order"])
 def test_another_text_is_refused_in_words(go, texts, monkeypatch):
     go("run", stop=3, dataset_name="my.txt")
-    monkeypatch.setattr(training, "load_checkpoint", None)
+    monkeypatch.setattr(ranks, "load_checkpoint", None)
     words = "run: the text of the corpus my.txt has changed since step 3; bring the old text back, or begin"
     with pytest.raises(ValueError, match=words) as error:
         go("run", resume=True, texts=texts, dataset_name="my.txt")
@@ -670,7 +674,7 @@ def test_two_processes_do_not_train_in_one_folder(go, monkeypatch):
     folder = go("run", stop=3).checkpoint.parent
     def tree(): return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
     before = tree()
-    monkeypatch.setattr(training, "alone_in", partial(training.alone_in, seconds=0.1))
+    monkeypatch.setattr(runs, "lock_run", partial(runs.lock_run, seconds=0.1))
     hold = ("import sys, filelock\nwith filelock.FileLock(sys.argv[1]):\n"
             "    print(flush=True)\n    input()")
     with subprocess.Popen([sys.executable, "-c", hold, str(folder / ".lock")], text=True,
@@ -683,17 +687,17 @@ def test_two_processes_do_not_train_in_one_folder(go, monkeypatch):
 
 
 def test_a_second_process_does_not_write_over_what_the_first_trained_meanwhile(go, monkeypatch, tmp_path):
-    alone_in, trees = training.alone_in, []
+    lock_run, trees = runs.lock_run, []
     folder = tmp_path / "checkpoints" / "run"
     def tree(): return {p: p.read_bytes() for p in folder.rglob("[!.]*") if p.is_file()}
 
     def waits(*arguments):
-        monkeypatch.setattr(training, "alone_in", alone_in)
+        monkeypatch.setattr(runs, "lock_run", lock_run)
         go("run", stop=3, seed=5)  # the other process, which has the folder first
         trees.append(tree())
-        return alone_in(*arguments)
+        return lock_run(*arguments)
 
-    monkeypatch.setattr(training, "alone_in", waits)
+    monkeypatch.setattr(runs, "lock_run", waits)
     with pytest.raises(ValueError, match="run already holds a run; resume it"): go("run", seed=6)
     assert [tree()] == trees
 
@@ -730,13 +734,13 @@ def test_a_history_that_cannot_be_written_names_the_file(go, monkeypatch):
         def seek(self, *where): return 0
         def write(self, text): raise OSError(28, "No space left on device")
         def close(self): raise OSError(28, "No space left on device")
-    begin = training.RunLog.__init__
+    begin = run_log.History.__init__
 
     def on_a_full_disk(self, *arguments):
         begin(self, *arguments)
         self.file = Full()
 
-    monkeypatch.setattr(training.RunLog, "__init__", on_a_full_disk)
+    monkeypatch.setattr(run_log.History, "__init__", on_a_full_disk)
     words = "could not write .*run/history.jsonl: No space left.*bytes free"
     with pytest.raises(CheckpointError, match=words): go("run")
 
@@ -760,7 +764,7 @@ def test_resume_without_a_run_is_an_error_and_failed_starts_are_not_runs(go, tmp
 
 def test_what_cannot_run_is_refused_before_the_corpus_is_tokenized(go, tmp_path, monkeypatch):
     go("run", stop=1)
-    monkeypatch.setattr(training, "tokenize", None)
+    monkeypatch.setattr(training, "prepare_data", None)
     with pytest.raises(ValueError, match="no run to resume in .*resume=True"):
         go(None, resume=True, checkpoint_dir=str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="run already holds a run; resume it"): go("run")
@@ -792,13 +796,13 @@ def test_tf32_is_allowed_only_inside_a_mixed_precision_run_on_cuda(go, monkeypat
     now = torch.get_float32_matmul_precision
     for dtype, device, wanted in ((torch.bfloat16, "cuda", "high"), (None, "cuda", "highest"),
                                   (torch.bfloat16, "cpu", "highest")):
-        with pytest.raises(KeyError), training.tensor_cores(dtype, torch.device(device)):
+        with pytest.raises(KeyError), devices.allow_tf32(dtype, torch.device(device)):
             assert now() == wanted
             raise KeyError
         assert now() == "highest"
     asked = []
-    real = training.tensor_cores
-    monkeypatch.setattr(training, "tensor_cores", lambda *how: asked.append(how) or real(*how))
+    real = training.allow_tf32
+    monkeypatch.setattr(training, "allow_tf32", lambda *how: asked.append(how) or real(*how))
     go("run", stop=1, amp="bf16")
     assert asked == [(torch.bfloat16, torch.device("cpu"))]
 
@@ -990,7 +994,7 @@ def test_the_third_signal_interrupts_even_a_step(go, monkeypatch):
 
 
 def test_with_several_ranks_only_the_third_signal_interrupts():
-    with pytest.raises(KeyboardInterrupt), StopRequest(ranks=2) as stop:
+    with pytest.raises(KeyboardInterrupt), StopRequest(SimpleNamespace(world_size=2)) as stop:
         for count in (1, 2, 3):
             assert stop.count == count - 1
             os.kill(os.getpid(), signal.SIGINT)
@@ -1081,7 +1085,7 @@ def rewrite_state(checkpoint, change):
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     change(state)
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
-    seal(checkpoint)
+    write_manifest(checkpoint)
 
 
 @pytest.mark.parametrize("gone", [("training_config", "beta1"), ("training_config", "start_from"),
@@ -1111,11 +1115,11 @@ def test_a_run_resumes_on_fewer_and_on_more_gpus(monkeypatch, saved, index, want
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: f"state of {device}")
     device = torch.device("cuda", index) if index is not None else torch.device("cuda")
     before = [f"GPU {i}" for i in range(saved)]
-    training.ONE_PROCESS.set_random_state({"cpu": state, "cuda": before}, device)
+    ranks.restore_rng_state(SINGLE_PROCESS, {"cpu": state, "cuda": before}, device)
     assert given == [(f"GPU {wanted}", device)]
-    assert training.ONE_PROCESS.random_state(device)["cuda"] == [f"state of {device}"]
-    training.ONE_PROCESS.set_random_state({"cpu": state, "cuda": []}, device)  # saved on a CPU
-    training.ONE_PROCESS.set_random_state({"cpu": state, "cuda": ["GPU 0"]}, torch.device("cpu"))
+    assert ranks.gather_rng_state(SINGLE_PROCESS, device)["cuda"] == [f"state of {device}"]
+    ranks.restore_rng_state(SINGLE_PROCESS, {"cpu": state, "cuda": []}, device)  # saved on a CPU
+    ranks.restore_rng_state(SINGLE_PROCESS, {"cpu": state, "cuda": ["GPU 0"]}, torch.device("cpu"))
     assert len(given) == 1
 
 
@@ -1124,7 +1128,7 @@ def test_a_checkpoint_from_a_gpu_machine_resumes_on_a_cpu(go):
     state = torch.load(path / "train_state.pt", weights_only=True)
     state["rng"]["cuda"] = [torch.zeros(16, dtype=torch.uint8)] * 3
     torch.save(state, path / "train_state.pt")
-    seal(path)
+    write_manifest(path)
     assert losses(go("run", resume=True)) == losses(go("whole"))
 
 
@@ -1158,13 +1162,13 @@ def test_parts_that_fitted_on_one_gpu_say_nothing_about_another(go, monkeypatch,
     ({"asked": None, "fits": "two"}, None), ([], None), ({}, None)])
 def test_a_note_about_parts_counts_on_the_device_it_names(tmp_path, note, fits):
     (tmp_path / "micro_batch_size").write_text(json.dumps(note))
-    assert training.fitting_parts(tmp_path, TrainingConfig(), torch.device("cpu")) == fits
+    assert runs.micro_batch_hint(tmp_path, None, "cpu") == fits
 
 
 def test_a_gpu_is_named_with_its_memory(monkeypatch):
     facts = SimpleNamespace(name="Some GPU", total_memory=80_000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
-    assert training.device_in_words(torch.device("cuda")) == "Some GPU with 80,000 bytes"
+    assert devices.describe_device(torch.device("cuda")) == "Some GPU with 80,000 bytes"
 
 
 @pytest.mark.parametrize("settings, saved, wanted", [
@@ -1175,7 +1179,7 @@ def test_a_gpu_is_named_with_its_memory(monkeypatch):
     (dict(dataset_name="."), {"corpus": {"documents": None}}, None),
     (dict(dataset_name=".", dataset_size=9), {"corpus": {"documents": None}}, 9)])
 def test_a_size_cuts_what_is_on_the_hub_and_other_corpora_only_when_given(settings, saved, wanted):
-    assert training.documents_wanted(TrainingConfig(**settings), saved) == wanted
+    assert run_inputs.document_limit(TrainingConfig(**settings), saved) == wanted
 
 
 def test_a_corpus_of_ones_own_is_cut_where_that_is_asked_for(go, tmp_path, tokenizer):
@@ -1249,25 +1253,25 @@ def test_a_start_of_other_sizes_in_force_is_refused(go, given, change, shown):
 def test_the_best_device_is_cuda_then_mps_then_the_cpu(monkeypatch, cuda, mps, wanted, why):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    device = training.best_device()
-    assert device.type == wanted and why in training.why_device(device)
+    device = devices.best_device()
+    assert device.type == wanted and why in devices.why_device(device)
     for kind, there in (("cuda", cuda), ("mps", mps), ("cpu", True)):
-        assert training.device_is_here(torch.device(kind)) == there
+        assert devices.is_device_available(torch.device(kind)) == there
     if not mps:
         with pytest.raises(ValueError, match=r"device is mps, but this machine has no Apple \(mps\) GPU"):
-            training.check_device(torch.device("mps"))
+            devices.check_device(torch.device("mps"))
 
 
 def test_precision_memory_and_random_state_on_mps(monkeypatch):
     mps, seen = torch.device("mps"), []
     assert amp_dtype("auto", mps) is None and amp_dtype("bf16", mps) is torch.bfloat16
     with pytest.raises(ValueError, match="amp is 'fp16'; on mps it must be"): amp_dtype("fp16", mps)
-    assert training.out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"))
+    assert training.is_out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"))
     monkeypatch.setattr(torch.mps, "get_rng_state", lambda: "mps state")
     monkeypatch.setattr(torch.mps, "set_rng_state", seen.append)
-    with training.own_random_state(mps): drawn = torch.rand(3)
+    with devices.isolated_rng(mps): drawn = torch.rand(3)
     assert seen == ["mps state"] and torch.equal(drawn, torch.rand(3))
-    training.set_random_state_on(mps, {"cpu": torch.get_rng_state(), "cuda": ["of another machine"]})
+    devices.set_rng_state(mps, {"cpu": torch.get_rng_state(), "cuda": ["of another machine"]})
     assert seen == ["mps state"]
 
 
