@@ -3,7 +3,7 @@
 Modules:
 
 - `optimus.attention`: Let every position read a weighted mean of the positions before it.
-- `optimus.benchmark`: Predict what a training run costs, run it, and say what share of the machine it really used.
+- `optimus.bench`: Let ours and `transformers` take turns on the same weights, and print each figure beside what the machine allows.
 - `optimus.cache`: Remember what each layer made of the past, so that a new token costs the work of one token.
 - `optimus.checkpoint`: Write down everything the next step depends on, whole or not at all, and load only what proves to be undamaged.
 - `optimus.config`: Write every size down once, refuse what cannot work, and predict cost before anything is built.
@@ -16,6 +16,7 @@ Modules:
 - `optimus.files`: A file is written beside its place, brought to the disk, and only then given its name: a reader finds all of it or none of it.
 - `optimus.generation`: Turn a row of logits into one next token, again and again, and show the text as it grows.
 - `optimus.interop`: Rename every weight, reorder the rows that RoPE turns, and the same numbers run in another program.
+- `optimus.measure`: Predict what a training run costs, run it, and say what share of the machine it really used.
 - `optimus.mla`: Cache one small vector per token instead of every head's key and value.
 - `optimus.model_card`: The page beside a published model says what was written down about it, and nothing else.
 - `optimus.norm`: Set every token vector to unit root-mean-square, then learn its scale back.

@@ -454,7 +454,7 @@ def line_history():
 
 
 def bench(command: Bench) -> int:
-    from optimus import benchmark
+    from optimus import bench as benchmark
     device = best_device() if command.device == "auto" else torch.device(command.device)
     if not is_device_available(device):
         kind = "CUDA" if device.type == "cuda" else "Apple"

@@ -196,7 +196,7 @@ def memory(report: Report) -> None:
 
 def timed(report: Report, work, repeats: int = 10) -> float:
     """Median seconds of `work`, alone on the GPU; it has been called before."""
-    from optimus.benchmark import median_seconds
+    from optimus.measure import median_seconds
     with report.gpu(alone=True): return median_seconds(work, report.device, 2 if report.tiny else repeats, 1)
 
 
@@ -207,7 +207,7 @@ def training(report: Report) -> None:
     each against the measured rate of a matrix product and against 989 TFLOP/s.
     """
     import torch
-    from optimus.benchmark import measure_gemm_rate, measure_training, training_flops_per_token
+    from optimus.measure import measure_gemm_rate, measure_training, training_flops_per_token
     from optimus.config import flops_per_token
     T, B = (128, 2) if report.tiny else (1024, 64)
     dtype = torch.bfloat16 if report.device.type == "cuda" else torch.float32

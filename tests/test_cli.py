@@ -458,7 +458,7 @@ def test_bench_prints_the_table_and_writes_the_numbers(workplace, monkeypatch):
         rows = [dict(what="cache", unit="numbers", ours=416)]
         return {"device": "cpu", "dtype": "float32", "torch": "2", "transformers": "5", "parameters": 7,
                 "limits": {"bytes": 2e10, "flops": 1e11}, "rows": rows}
-    monkeypatch.setattr("optimus.benchmark.bench", bench)
+    monkeypatch.setattr("optimus.bench.bench", bench)
     result = workplace("bench", "--preset", "tiny", "--quick", "--device", "cpu", "--json", "numbers.json")
     assert result.returncode == 0 and "416" in result.stdout and "measuring decoding" in result.stderr
     assert json.loads((workplace.folder / "numbers.json").read_text())["rows"][0]["ours"] == 416
@@ -471,7 +471,7 @@ def test_bench_prints_the_table_and_writes_the_numbers(workplace, monkeypatch):
         if compile: raise torch._inductor.exc.InductorError(OSError("g++ was not found"), None)
         return bench(config, **settings)
     models = []
-    monkeypatch.setattr("optimus.benchmark.bench", without_compiler)
+    monkeypatch.setattr("optimus.bench.bench", without_compiler)
     result = workplace("bench", "--quick")
     assert result.returncode == 0 and "416" in result.stdout and "without compiled rows" in result.stderr
     for flags, words in ((["--device", "cuda"], "no CUDA GPU"),
@@ -610,8 +610,8 @@ def test_the_package_names_all_its_modules_with_their_answers():
 
 def test_numbers_that_are_not_finite_are_null_in_what_bench_writes(workplace, monkeypatch):
     result = {"rows": [dict(what="x", unit="s", ours=float("nan"))], "limits": {"bytes": float("inf")}}
-    monkeypatch.setattr("optimus.benchmark.bench", lambda *a, **k: result)
-    monkeypatch.setattr("optimus.benchmark.bench_table", lambda result: "a table")
+    monkeypatch.setattr("optimus.bench.bench", lambda *a, **k: result)
+    monkeypatch.setattr("optimus.bench.bench_table", lambda result: "a table")
     assert workplace("bench", "--quick", "--json", "n.json").returncode == 0
     def refuse(word): raise AssertionError(word)
     told = json.loads(Path("n.json").read_text(), parse_constant=refuse)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from optimus import transformer
-from optimus.benchmark import LiveBytes
+from optimus.measure import LiveBytes
 from optimus.cache import KVCache, LatentCache
 from optimus.config import ModelConfig, count_parameters
 from optimus.rope import permute_rope

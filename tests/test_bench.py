@@ -1,4 +1,4 @@
-"""What must stay true of optimus.benchmark. Derived in notebooks/15_train_on_cuda.ipynb.
+"""What must stay true of optimus.measure and optimus.bench. Derived in notebooks 15 and 15b.
 
 Nothing timed is asserted: clocks are replaced where a test needs one.
 """
@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from optimus.benchmark import (LiveBytes, bench, bench_table, contenders, create_optimizer_state, decoding,
-                               finished, interleaved_seconds, measure_gemm_rate, measure_training,
-                               median_seconds, model_flops_utilization, state_bytes, table,
-                               training_flops_per_token, training_pair)
+from optimus.bench import (bench, bench_table, build_models, decoding_rows, interleaved_seconds,
+                           training_pair, with_ratios)
 from optimus.config import ModelConfig, TrainingConfig, flops_per_token, training_memory
+from optimus.measure import (LiveBytes, create_optimizer_state, measure_gemm_rate, measure_training,
+                             median_seconds, model_flops_utilization, state_bytes, table,
+                             training_flops_per_token)
 from optimus.training import start_or_resume
 from optimus.transformer import LanguageModel
 
@@ -254,18 +255,18 @@ def test_contenders_take_turns_and_a_slow_minute_hits_all(monkeypatch):
 
 
 def test_ratio_limit_and_share_are_what_they_say():
-    row = finished(dict(what="decode", unit="tokens/s", ours=30.0, theirs=20.0, bytes=1e8, rate=6e9))
+    row = with_ratios(dict(what="decode", unit="tokens/s", ours=30.0, theirs=20.0, bytes=1e8, rate=6e9))
     assert (row["ratio"], row["limit"], row["reached"]) == (1.5, 60.0, 0.5) and "bytes" not in row
-    row = finished(dict(what="prefill", unit="tokens/s", ours=250.0, theirs=500.0, flops=1e8, rate=1e11))
+    row = with_ratios(dict(what="prefill", unit="tokens/s", ours=250.0, theirs=500.0, flops=1e8, rate=1e11))
     assert (row["ratio"], row["limit"], row["reached"]) == (0.5, 1000.0, 0.25)
-    assert finished(dict(what="cache", unit="numbers", ours=416)).keys() == {"what", "unit", "ours"}
+    assert with_ratios(dict(what="cache", unit="numbers", ours=416)).keys() == {"what", "unit", "ours"}
 
 
 def test_the_limit_is_measured_in_turn_with_the_row(monkeypatch):
     rates = iter([9e9, 9e9, 1e9, 5e9, 3e9])  # a turn each, the two of warm-up too
     monkeypatch.setattr("optimus.benchmark.measure_read_bandwidth", lambda device, repeats: next(rates))
-    ours, theirs = contenders(BENCH, CPU, compile=False)["writers"]
-    [row] = decoding(ours, theirs, 64, 3, CPU, {})
+    ours, theirs = build_models(BENCH, CPU, compile=False)["writers"]
+    [row] = decoding_rows(ours, theirs, 64, 3, CPU, {})
     assert row["rate"] == 5e9 and next(rates, None) is None
 
 
@@ -301,7 +302,7 @@ def test_the_table_shows_device_versions_and_every_row(result):
 
 
 def test_both_contenders_compute_the_same_function():
-    nets = contenders(BENCH, CPU, compile=False)
+    nets = build_models(BENCH, CPU, compile=False)
     (ours, theirs), tokens = nets["trained"], torch.randint(61, (2, 13))
     with torch.no_grad(): a, b = ours(tokens), theirs(tokens).logits
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -311,8 +312,8 @@ def test_both_contenders_compute_the_same_function():
 
 
 def test_decoding_rows_name_the_bytes_a_step_must_read():
-    nets = contenders(BENCH, CPU, compile=False)
-    [row] = decoding(*nets["writers"], 64, 2, CPU, {})
+    nets = build_models(BENCH, CPU, compile=False)
+    [row] = decoding_rows(*nets["writers"], 64, 2, CPU, {})
     kept = 64 * 2 * (BENCH.kv_lora_rank + BENCH.qk_rope_head_dim)
     assert row["bytes"] == 4 * (LanguageModel(BENCH).num_parameters() + kept)
 
@@ -325,8 +326,8 @@ def test_bench_refuses_what_it_cannot_compare(changes, words):
 
 @pytest.mark.slow
 def test_compiled_decoders_join_the_comparison():
-    nets = contenders(BENCH, CPU, compile=True)
+    nets = build_models(BENCH, CPU, compile=True)
     names = list(nets["decoders"])
-    rows = decoding(*nets["writers"], 64, 2, CPU, nets["decoders"])
+    rows = decoding_rows(*nets["writers"], 64, 2, CPU, nets["decoders"])
     assert [row["what"] for row in rows] == [f"decode at 64, {name}" for name in ("eager", *names)]
     assert rows[2]["bytes"] < 0.6 * rows[1]["bytes"] and names[1].endswith("bfloat16 weights")
