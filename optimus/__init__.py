@@ -8,6 +8,7 @@ Modules:
 - `optimus.checkpoint`: Write down everything the next step depends on, whole or not at all, and load only what proves to be undamaged.
 - `optimus.config`: Write every size down once, refuse what cannot work, and predict cost before anything is built.
 - `optimus.data`: Turn documents into one long row of token ids on disk, and make the batch at a step a pure function of (seed, step).
+- `optimus.decoding`: Read each weight once, as fast as memory allows: the same model, prepared for one token at a time.
 - `optimus.distributed`: Give every rank a share of the batch, let the ranks add up what they must share, and nothing but the speed changes.
 - `optimus.exercises`: Run a model, see the map, and learn how your own answers are judged.
 - `optimus.feedforward`: Let one projection of a token decide how much of another projection gets through.

@@ -44,7 +44,7 @@ from .cache import KVCache
 from .config import (ModelConfig, TrainingConfig, cache_bytes_per_token, count_parameters,
                             flops_per_token)
 from .data import Sequences, batches, load_corpus, load_tokenizer, prepare
-from .generation import CompiledDecoder, for_decoding
+from .generation import CompiledDecoder, fastest_copy
 from .interop import to_transformers
 from .training import RunState, amp_dtype, autocast, best_device, start_run, train_step
 from .transformer import LanguageModel
@@ -388,7 +388,7 @@ def contenders(config: ModelConfig, device: torch.device, compile: bool) -> dict
     decoders = {}
     if compile: decoders["compiled"] = CompiledDecoder(writers[0])
     if compile and not cuda: decoders["compiled, bfloat16 weights"] = CompiledDecoder(model, torch.bfloat16)
-    writers = (for_decoding(writers[0]), writers[1])  # as `generate` runs it
+    writers = (fastest_copy(writers[0]), writers[1])  # as `generate` runs it
     return {"trained": (model, theirs), "writers": writers, "decoders": decoders}
 
 def compile_layers(*models: nn.Module) -> None:

@@ -1,5 +1,9 @@
-"""A module imports only what lower-numbered notebooks export; `import optimus` brings torch and no more."""
+"""A module imports only what notebooks of the same or a lower number export, and never in a circle.
+
+`import optimus` brings torch and no more.
+"""
 import ast
+import graphlib
 import json
 import re
 import subprocess
@@ -21,7 +25,7 @@ def exported_module(notebook: Path) -> str | None:
     return found and found[1]
 
 
-ORDER = [module for module in map(exported_module, NOTEBOOKS) if module]
+NUMBER = {module: int(path.stem[:2]) for path in NOTEBOOKS if (module := exported_module(path))}
 
 
 def imported_modules(source: str) -> set[str]:
@@ -38,16 +42,25 @@ def imported_modules(source: str) -> set[str]:
     return found
 
 
+def imports_of(module: str) -> set[str]:
+    return imported_modules((ROOT / "optimus" / f"{module}.py").read_text(encoding="utf-8"))
+
+
 def test_every_module_comes_from_one_notebook():
     modules = {p.stem for p in (ROOT / "optimus").glob("*.py")} - HAND_WRITTEN - {"_modidx"}
-    assert modules == set(ORDER)
-    assert len(ORDER) == len(set(ORDER))
+    assert modules == set(NUMBER)
+    exported = [module for module in map(exported_module, NOTEBOOKS) if module]
+    assert len(exported) == len(set(exported))
 
 
-@pytest.mark.parametrize("module", ORDER)
-def test_imports_point_backwards(module):
-    imported = imported_modules((ROOT / "optimus" / f"{module}.py").read_text(encoding="utf-8"))
-    assert imported <= set(ORDER[: ORDER.index(module)]), f"{module} imports from a later notebook or itself"
+@pytest.mark.parametrize("module", NUMBER)
+def test_imports_point_backwards_or_to_a_companion(module):
+    later = {name for name in imports_of(module) if NUMBER[name] > NUMBER[module]}
+    assert later == set(), f"{module} imports from a later notebook"
+
+
+def test_no_module_imports_itself_even_by_way_of_others():
+    graphlib.TopologicalSorter({module: imports_of(module) for module in NUMBER}).prepare()  # CycleError
 
 
 def test_the_detector_sees_every_form_of_import():
