@@ -15,8 +15,12 @@ Modules:
 - `optimus.generation`: Turn a row of logits into one next token, again and again, and show the text as it grows.
 - `optimus.interop`: Rename every weight, reorder the rows that RoPE turns, and the same numbers run in another program.
 - `optimus.mla`: Cache one small vector per token instead of every head's key and value.
+- `optimus.next_token`: Show what a model thinks of the next token, and what each setting makes of it, as numbers and as HTML.
 - `optimus.norm`: Set every token vector to unit root-mean-square, then learn its scale back.
 - `optimus.panel`: Put a hand on every setting of a model, and see at once what each does to the next token and to the text.
+- `optimus.panel_lifetime`: A cell is run again, a kernel is interrupted, Python ends: each time a run must stop and its panel be freed.
+- `optimus.panel_style`: Colours that follow JupyterLab's, rows that wrap where the window is narrow, and one button that the browser must run.
+- `optimus.panel_view`: Every slider, button and page in its place; nothing happens yet.
 - `optimus.rope`: Turn each query and key by an angle proportional to its position: their dot product then sees only the distance.
 - `optimus.timing`: Repeat the work, keep the fastest run, and print the figure so that nobody mistakes it for a promise.
 - `optimus.training`: Take one step well, then arrange everything so that the ten-thousandth is as safe as the first.

@@ -89,7 +89,7 @@ def fastest_copy(model: nn.Module) -> nn.Module:
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()): return model
     return inference_copy(model, weight.dtype, weight.dtype, min_weights=2**19)
 
-# %% ../notebooks/10b_fast_decoding.ipynb #653b2201
+# %% ../notebooks/10b_fast_decoding.ipynb #5aeeadc6
 class FixedView:
     """One layer of a cache for a compiled step: writes at `pos`, a tensor, and returns the first S slots.
 
