@@ -9,6 +9,7 @@ Modules:
 - `optimus.config`: Write every size down once, refuse what cannot work, and predict cost before anything is built.
 - `optimus.corpus`: One function opens every corpus, built in, on your disk or on the hub, and none of them has to fit in memory.
 - `optimus.data`: Turn documents into one long row of token ids on disk, and make the batch at a step a pure function of (seed, step).
+- `optimus.decoding`: Read each weight once, as fast as memory allows: the same model, prepared for one token at a time.
 - `optimus.devices`: Ask the machine what it has, compute in the shortest number type it is fast at, and leave the caller's random numbers alone.
 - `optimus.distributed`: Give every rank a share of the batch, let the ranks add up what they must share, and nothing but the speed changes.
 - `optimus.exercises`: Run a model, see the map, and learn how your own answers are judged.
@@ -19,9 +20,13 @@ Modules:
 - `optimus.measure`: Predict what a training run costs, run it, and say what share of the machine it really used.
 - `optimus.mla`: Cache one small vector per token instead of every head's key and value.
 - `optimus.model_card`: The page beside a published model says what was written down about it, and nothing else.
+- `optimus.next_token`: Show what a model thinks of the next token, and what each setting makes of it, as numbers and as HTML.
 - `optimus.norm`: Set every token vector to unit root-mean-square, then learn its scale back.
 - `optimus.optimizers`: Scale each weight's step by the history of its gradients, or straighten the whole matrix at once.
 - `optimus.panel`: Put a hand on every setting of a model, and see at once what each does to the next token and to the text.
+- `optimus.panel_lifetime`: A cell is run again, a kernel is interrupted, Python ends: each time a run must stop and its panel be freed.
+- `optimus.panel_style`: Colours that follow JupyterLab's, rows that wrap where the window is narrow, and one button that the browser must run.
+- `optimus.panel_view`: Every slider, button and page in its place; nothing happens yet.
 - `optimus.pretrained`: A model is two files, and opening one means asking whether its names and shapes are those that its sizes call for.
 - `optimus.ranks`: Everything that processes must do together goes through one object; with a single process it does nothing.
 - `optimus.rope`: Turn each query and key by an angle proportional to its position: their dot product then sees only the distance.

@@ -368,21 +368,23 @@ def open_checkpoint(path_or_name: str | None):
 
 
 def generate(command: Generate) -> int:
-    model, tokenizer = open_checkpoint(command.checkpoint)
-    if command.compile != "off":
-        from optimus.generation import CompiledDecoder
-        model = CompiledDecoder(model, getattr(torch, command.compile))
+    """Print the text after the prompt, or take prompts one after the other."""
     settings = dict(max_new_tokens=command.max_new_tokens, temperature=command.temperature, seed=command.seed,
                     top_k=command.top_k, top_p=command.top_p, min_p=command.min_p)
-    if command.prompt is not None:
-        write(model, tokenizer, command.prompt, settings)
-        return 0
-    return prompt_loop(model, tokenizer, settings)
+    check_settings(**settings)  # before a model is opened, which takes a while
+    model, tokenizer = open_checkpoint(command.checkpoint)
+    if command.compile != "off":
+        from optimus.decoding import CompiledDecoder
+        model = CompiledDecoder(model, getattr(torch, command.compile))
+    if command.prompt is None: return prompt_loop(model, tokenizer, settings)
+    print_stream(model, tokenizer, command.prompt, settings)
+    return 0
 
 
-def write(model, tokenizer, prompt: str, settings: dict):
+def print_stream(model, tokenizer, prompt: str, settings: dict):
+    """Print the prompt and the text after it, as it is drawn."""
     pieces = optimus.stream(model, tokenizer, prompt, **settings)
-    first = next(pieces, "")  # bad settings are refused before anything is printed
+    first = next(pieces, "")  # a model without a distribution is refused before anything is printed
     print(prompt + first, end="", flush=True)
     for piece in pieces: print(piece, end="", flush=True)
     print()
@@ -404,38 +406,50 @@ def prompt_loop(model, tokenizer, settings: dict) -> int:
                          "give a prompt: optimus generate \"The\"")
     print(f"Type the beginning of a text. {', '.join(COMMANDS)} VALUE change a setting; /help; /quit ends.")
     with line_history():
-        while True:
-            try: line = input("> ")
-            except EOFError: return print() or 0
-            except KeyboardInterrupt:
-                print("\n(/quit or Ctrl-D ends)")
-                continue
+        while (line := read_line()) is not None:
             try:
-                if line.strip() == "/quit": return 0
-                if line.startswith("/"): obey(line, settings)
-                else: write(model, tokenizer, line, settings)
+                if line.startswith("/"): settings = run_slash_command(line, settings)
+                else: print_stream(model, tokenizer, line, settings)
             except ValueError as error: print(error)
             except RuntimeError as error:
                 if not (cannot := impossible_here(error)): raise
                 print(cannot)
             except KeyboardInterrupt: print()
+    return 0
 
 
-def obey(line: str, settings: dict):
-    """Do what a line that begins with / asks for; a bad value is a ValueError and changes nothing."""
+def read_line() -> str | None:
+    """The next line that was typed; None after /quit or Ctrl-D."""
+    while True:
+        try: line = input("> ")
+        except KeyboardInterrupt: print("\n(/quit or Ctrl-D ends)")
+        except EOFError:
+            print()
+            return None
+        else: return None if line.strip() == "/quit" else line
+
+
+def run_slash_command(line: str, settings: dict) -> dict:
+    """The settings after a line that begins with /, which are printed; a bad value is a ValueError."""
     word, _, value = (part.strip() for part in line.partition(" "))
-    if word == "/help": return print(HELP)
-    if word in COMMANDS:
-        name, kind = COMMANDS[word]
-        may_be_off = name not in ("temperature", "max_new_tokens")
-        try: new = None if may_be_off and value in ("", "off") else kind(value)
-        except ValueError:
-            raise ValueError(f"{word} takes a number{' or off' * may_be_off}, got {value!r}") from None
-        check_settings(**settings | {name: new})
-        settings[name] = new
-    elif word != "/settings":
+    if word in COMMANDS: settings = change_setting(word, value, settings)
+    elif word not in ("/settings", "/help"):
         raise ValueError(f"no command {word}; there are {', '.join(COMMANDS)}, /settings, /help and /quit")
-    print("  ".join(f"{k}={'off' if v is None else v}" for k, v in settings.items()))
+    print(HELP if word == "/help" else
+          "  ".join(f"{name}={'off' if value is None else value}" for name, value in settings.items()))
+    return settings
+
+
+def change_setting(word: str, value: str, settings: dict) -> dict:
+    """The settings with one of them changed, as in /top-p 0.9 or /top-p off."""
+    name, kind = COMMANDS[word]
+    can_be_off = name not in ("temperature", "max_new_tokens")
+    try: new = None if can_be_off and value in ("", "off") else kind(value)
+    except ValueError:
+        wanted = "a number or off" if can_be_off else "a number"
+        raise ValueError(f"{word} takes {wanted}, got {value!r}") from None
+    check_settings(**settings | {name: new})
+    return settings | {name: new}
 
 
 @contextlib.contextmanager

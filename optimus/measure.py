@@ -217,8 +217,8 @@ def speed(seconds: float | None, tokens: int, flops: float, gemm_rate: float | N
 def format_table(lines: list[tuple[str, ...]], left: tuple[int, ...] = ()) -> str:
     """Rows of cells as text, each column as wide as its widest cell; the columns `left` are aligned left."""
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(width) if i in left else cell.rjust(width)
-                               for i, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in lines)
+    def padded(i: int, cell: str) -> str: return cell.ljust(widths[i]) if i in left else cell.rjust(widths[i])
+    return "\n".join("  ".join(padded(i, cell) for i, cell in enumerate(line)).rstrip() for line in lines)
 
 # %% ../notebooks/15_train_on_cuda.ipynb #0ba2182e
 def table(rows: list[dict[str, Any]]) -> str:

@@ -264,7 +264,7 @@ def test_ratio_limit_and_share_are_what_they_say():
 
 def test_the_limit_is_measured_in_turn_with_the_row(monkeypatch):
     rates = iter([9e9, 9e9, 1e9, 5e9, 3e9])  # a turn each, the two of warm-up too
-    monkeypatch.setattr("optimus.benchmark.measure_read_bandwidth", lambda device, repeats: next(rates))
+    monkeypatch.setattr("optimus.bench.measure_read_bandwidth", lambda device, repeats: next(rates))
     ours, theirs = build_models(BENCH, CPU, compile=False)["writers"]
     [row] = decoding_rows(ours, theirs, 64, 3, CPU, {})
     assert row["rate"] == 5e9 and next(rates, None) is None

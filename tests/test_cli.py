@@ -122,12 +122,12 @@ def test_without_a_prompt_it_takes_prompts_and_settings(workplace):
 
 def test_full_memory_ends_the_text_and_not_the_program(workplace, monkeypatch):
     for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: no")):
-        def write(*_, error=error): raise error
-        monkeypatch.setattr(cli, "write", write)
+        def fail(*_, error=error): raise error
+        monkeypatch.setattr(cli, "print_stream", fail)
         result = workplace("generate", typed="the\n/settings\n/quit")
         assert result.returncode == 0 and f"out of memory: {error}" in result.stdout
         assert "max_new_tokens=" in result.stdout
-    monkeypatch.setattr(cli, "write", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    monkeypatch.setattr(cli, "print_stream", lambda *_: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"): workplace("generate", typed="the")  # our own mistakes
 
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from optimus.config import ModelConfig
 from optimus.data import train_tokenizer
-from optimus.generation import (Context, apply_temperature, generate, keep_min_p, keep_top_k, keep_top_p,
-                                next_token_probabilities, stream, text_pieces)
+from optimus.generation import (Generation, Sampling, TokenBuffer, apply_temperature, generate, keep_min_p,
+                                keep_top_k, keep_top_p, next_token_probabilities, stream, text_pieces)
 from optimus.transformer import LanguageModel
 
 V, WINDOW = 61, 17
@@ -535,36 +535,75 @@ def test_a_consumer_that_stops_leaves_the_model_as_it_was(tokenizer):
     pieces.close()
 
 
-# A text that grows by hand, and looks that are interrupted
+# A text that grows by hand, and questions that are interrupted
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("room", [0, 1, 2, 30])
-def test_a_context_grows_beyond_what_was_foreseen_and_past_the_window(kind, room):
+def test_a_text_grows_beyond_what_was_foreseen_and_past_the_window(kind, room):
     model = make_model(kind)
-    with_cache, without = (Context(model, prompt(T=4), room, use_cache) for use_cache in (True, False))
+    with_cache, without = (Generation(model, prompt(T=4), room, use_cache=flag) for flag in (True, False))
     for step in range(2 * WINDOW):
-        torch.testing.assert_close(with_cache.look(), without.look(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(with_cache.next_logits(), without.next_logits(), rtol=1e-4, atol=1e-4)
         drawn = torch.tensor([step % V, 3])
         with_cache.append(drawn)
         without.append(drawn)
+    assert with_cache.text.tokens[:, 4:].tolist() == [[i % V for i in range(2 * WINDOW)], [3] * 2 * WINDOW]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("place", [1, 2])
-def test_an_interrupted_look_can_be_repeated(kind, after, place, monkeypatch):
+def test_an_interrupted_question_can_be_repeated(kind, after, place, monkeypatch):
     """Interrupted before or after a pass of the model: that of the prompt, or that of the last token."""
     model, passes = make_model(kind), []
-    context, calm = (Context(model, prompt(), 5, True) for _ in range(2))
-    original = type(context.model).hidden
-    def hidden(self, *args, **last):
+    generation, calm = (Generation(model, prompt(), 5) for _ in range(2))
+    asked = type(generation.reader.model)
+    original = asked.hidden
+    def hidden(self, *args, **options):
         passes.append(self)
         if len(passes) == place and not after: raise KeyboardInterrupt
-        out = original(self, *args, **last)
+        out = original(self, *args, **options)
         if len(passes) == place: raise KeyboardInterrupt
         return out
     with monkeypatch.context() as patched:
-        patched.setattr(type(context.model), "hidden", hidden)
-        with pytest.raises(KeyboardInterrupt): context.look()
-    torch.testing.assert_close(context.look(), calm.look())
-    assert context.cache.length == calm.cache.length == 5
+        patched.setattr(asked, "hidden", hidden)
+        with pytest.raises(KeyboardInterrupt): generation.next_logits()
+    torch.testing.assert_close(generation.next_logits(), calm.next_logits())
+    assert generation.reader.cache.length == calm.reader.cache.length == 5
+
+
+def test_the_model_is_asked_once_a_position_and_sampling_writes_nothing():
+    model, calls = Scripted(logits=torch.arange(V).float()), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    generation = Generation(model, prompt(), 5, use_cache=False, seed=0)
+    for _ in range(3): drawn = generation.sample(Sampling(top_k=2))
+    assert len(calls) == 1 and torch.equal(generation.text.tokens, prompt())
+    generation.append(drawn)
+    assert generation.text.tokens[:, -1].tolist() == drawn.tolist() and generation.text.length == 6
+    assert generation.sample(Sampling(temperature=0)).tolist() == [V - 1] * 2 and len(calls) == 2
+
+
+@pytest.mark.parametrize("window", [1, 2, 5])
+def test_a_buffer_shows_the_newest_half_of_what_has_outgrown_the_window(window):
+    buffer, context = TokenBuffer(torch.tensor([[0]]), 0, window), [0]
+    for i in range(1, 20):
+        buffer.append(torch.tensor([i]))
+        context.append(i)
+        cut = len(context) > window
+        if cut: context = context[-max(1, window // 2):]
+        assert buffer.cut_context() == cut and buffer.context.tolist() == [context]
+    assert buffer.tokens.tolist() == [list(range(20))] and buffer.capacity >= 20
+
+
+def test_a_sampling_is_frozen_and_holds_numbers_of_python():
+    sampling = Sampling(np.float32(0.5), np.int64(3), min_p=np.float16(0.25))
+    assert sampling == Sampling(0.5, 3, None, 0.25) and type(sampling.top_k) is int
+    with pytest.raises(AttributeError): sampling.top_k = -1
+
+
+def test_settings_are_judged_once_and_not_for_every_token(monkeypatch):
+    judged = []
+    check = Sampling.__post_init__
+    monkeypatch.setattr(Sampling, "__post_init__", lambda self: judged.append(1) or check(self))
+    generate(make_model(), [1, 2], 9, top_p=0.9)
+    assert len(judged) == 1

@@ -10,29 +10,23 @@ import sys
 import threading
 import time
 import weakref
-from html.parser import HTMLParser
 
 import ipywidgets
 import pytest
-import scipy.stats
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from optimus.checkpoint import write_manifest
 from optimus.config import ModelConfig
 from optimus.data import save_tokenizer, train_tokenizer
-from optimus.generation import next_token_probabilities, stream
-from optimus.panel import (GIVEN, Draft, GenerationPanel, Piece, Worker, bars_html, entropy_bits,
-                           find_choices, hear_interrupts, likeliest, next_token, page_html, percent, shade,
-                           summary, token_label)
+from optimus.generation import stream
+from optimus.next_token import likeliest, token_label
+from optimus.panel import GIVEN, GenerationPanel, ModelChoices, Worker
+from optimus.panel_lifetime import handle_interrupts
 from optimus.transformer import LanguageModel
 
 TEXT = "the ship of state, naïve as ever, meets ⛵ 鯨 and 😀 on the sea. " * 3
 EVIL = "<img src=x onerror=alert(1)> & \"quotes\" 'single' </div><script>x</script>"
-UNTOUCHED = settings(deadline=None, max_examples=40,
-                     suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +70,14 @@ def panel(tokenizer, tmp_path, monkeypatch):
 
 
 def threads(): return [t for t in threading.enumerate() if t.name == "optimus-panel"]
-def with_model(panel, model): panel.model = model; panel.begin(); assert panel.join(30); return panel
+def with_model(panel, model):
+    panel.writer.texts.model = model
+    panel.text_actions.on_prompt_changed()
+    assert panel.join(30)
+
+
+def transcript(panel, column=0): return panel.writer.texts.items[column]
+def reader(panel): return transcript(panel).generation.reader
 def plain(page): return html.unescape(re.sub("<[^>]*>", "", page))
 
 
@@ -88,97 +89,7 @@ def run(panel, prompt=None, **values):
     return panel.written
 
 
-class Reader(HTMLParser):
-    def __init__(self, page):
-        super().__init__()
-        self.tags, self.text, self.attributes = set(), "", set()
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.add(tag)
-        self.attributes |= {name for name, _ in attributes}
-
-    def handle_data(self, data): self.text += data
-
-
-# The next token
-
-LOGITS = st.lists(st.integers(-80, 80).map(lambda n: n / 8), min_size=2, max_size=31)
-
-
-@settings(deadline=None, max_examples=80)
-@given(LOGITS, st.floats(0.05, 3), st.none() | st.floats(0.01, 1), st.none() | st.integers(1, 9),
-       st.none() | st.floats(0, 1))
-def test_the_view_is_the_distribution_that_is_drawn_from(logits, temperature, top_p, top_k, min_p):
-    logits, filters = torch.tensor(logits), dict(top_p=top_p, top_k=top_k, min_p=min_p)
-    ids = likeliest(logits)
-    view = next_token(logits, ids, temperature=temperature, **filters)
-    p = next_token_probabilities(logits[None], temperature, **filters)[0]
-    assert ids == sorted(ids, key=lambda i: -logits[i]) and len(ids) == min(20, len(logits))
-    assert view.chance == p[ids].tolist() and view.survivors == (p > 0).sum()
-    assert view.before == pytest.approx(logits.softmax(0)[ids].tolist()) and view.vocabulary == len(logits)
-    for bits, q in zip(view.bits, (logits.softmax(0), p)):
-        assert abs(bits - scipy.stats.entropy(q.double(), base=2)) < 1e-4
-    page = bars_html(view)
-    assert page.count("optimus-bar in") == sum(chance > 0 for chance in view.chance)
-    assert page.count("optimus-bar cut") == sum(chance == 0 for chance in view.chance)
-
-
-def test_entropy_by_hand():
-    assert entropy_bits(torch.tensor([1.0, 0.0])) == 0
-    assert entropy_bits(torch.tensor([0.5, 0.25, 0.25, 0.0])) == pytest.approx(1.5)
-
-
-def test_the_line_is_drawn_below_the_last_survivor_and_only_where_something_is_cut():
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    edges = {}
-    for top_p in (0.4, 0.6, 0.9, None):
-        page = bars_html(next_token(logits, [0, 1, 2, 3], temperature=1.0, top_p=top_p))
-        rows = re.findall(r"optimus-bar (\w+)( edge)?", page)
-        edges[top_p] = [i for i, (_, edge) in enumerate(rows) if edge]
-    assert edges == {0.4: [0], 0.6: [1], 0.9: [2], None: []}
-    many = next_token(torch.zeros(50), likeliest(torch.zeros(50)), temperature=1.0, top_p=0.9)
-    assert "edge" not in bars_html(many) and "25 less likely tokens survive too" in bars_html(many)
-    assert "45 of 50 tokens survive" in summary(many)
-
-
-def test_temperature_zero_leaves_one():
-    view = next_token(torch.tensor([1.0, 5.0, 5.0]), [1, 2, 0], temperature=0)
-    assert view.chance == [1, 0, 0] and view.survivors == 1 and view.bits[1] == 0
-
-
-def test_labels_show_what_cannot_be_seen(tokenizer):
-    label = {text: token_label(tokenizer, tokenizer.encode(text)[0]) for text in (" ", "\n", "\t", "\0", "a")}
-    assert label == {" ": "␣", "\n": "⏎", "\t": "⇥", "\0": "␀", "a": "a"}
-    assert token_label(tokenizer, tokenizer.eos_token_id) == "‹end of text›"
-    broken, *rest = tokenizer.encode("狐")
-    assert rest and token_label(tokenizer, broken) == f"‹token {broken}›"
-    for i in range(300):
-        shown = token_label(tokenizer, i)
-        assert shown and shown.isprintable() and len(shown) <= 14 and "\ufffd" not in shown
-
-
-def test_probabilities_for_the_eye():
-    shown = ["100.0 %", "61.3 %", "0.1 %", "<0.1 %", "0 %"]
-    assert [percent(p) for p in (1, 0.613, 0.001, 0.0009, 0)] == shown
-    assert [shade(p) for p in (1, 0.5, 0.49, 0.2, 0.05, 0.01, 0.009, 0)] == [0, 0, 1, 1, 2, 3, 4, 4]
-
-
 # Text stays text
-
-@UNTOUCHED
-@given(prompt=st.text("<>&\"'/ab 鯨\n", max_size=20) | st.just(EVIL),
-       texts=st.lists(st.text("<>&\"'=ab", max_size=5)))
-def test_a_page_holds_no_tag_but_ours_and_gives_every_character_back(tokenizer, prompt, texts):
-    pieces = [Piece(text, [5], 0.3, [(tokenizer.encode("<")[0], 0.2)]) for text in texts]
-    for judge in (None, tokenizer):
-        page = page_html(prompt, pieces, judge)
-        read = Reader(page)
-        assert read.tags == {"div", "span"} and read.text == prompt + "".join(texts)
-        assert read.attributes <= {"class", "data-text", "data-tip", "tabindex"}
-        assert plain(page) == prompt + "".join(texts)
-
 
 def test_html_in_prompt_and_continuation_is_text(panel, tokenizer):
     prompt = "a"
@@ -241,7 +152,7 @@ def test_the_next_generate_takes_the_new_prompt_and_seed(panel):
 
 def test_probabilities_of_the_text_are_the_models_own(panel, tokenizer):
     written = run(panel, "the ship", max_new_tokens=25, temperature=1.7, top_p=1.0, seed=8)
-    draft = panel.lanes[0].draft
+    draft = transcript(panel)
     ids = [i for piece in draft.pieces for i in piece.ids]
     assert "".join(piece.text for piece in draft.pieces) == written[len("the ship"):]
     tokens = torch.tensor([tokenizer.encode("the ship") + ids])
@@ -259,7 +170,7 @@ def test_a_character_of_several_tokens_is_one_piece(panel, tokenizer):
     fox, a = tokenizer.encode("狐"), tokenizer.encode("a")
     with_model(panel, Scripted([*fox, *a]))
     run(panel, "x", max_new_tokens=len(fox) + 1, temperature=0.0)
-    assert len(fox) > 1 and [(p.text, p.ids) for p in panel.lanes[0].draft.pieces] == [("狐", fox), ("a", a)]
+    assert len(fox) > 1 and [(p.text, p.ids) for p in transcript(panel).pieces] == [("狐", fox), ("a", a)]
     run(panel, max_new_tokens=1)
     assert panel.written == "x" == plain(panel.text.value)  # a piece of a character is not shown
 
@@ -308,7 +219,7 @@ def test_stop_freezes_the_text_at_once_and_the_buttons_come_back(panel, tokenize
     slow(panel, tokenizer)
     assert panel.generate_button.disabled and not panel.stop_button.disabled and len(threads()) == 1
     asked = []
-    panel.model.register_forward_pre_hook(lambda *_: asked.append(panel.stopping))
+    panel.model.register_forward_pre_hook(lambda *_: asked.append(panel.writer.stopping))
     until(lambda: asked)
     panel.stop_button.click()
     assert panel.join(30) and sum(asked) <= 1  # at most the token that was under way when Stop came
@@ -326,7 +237,7 @@ def test_the_whole_text_is_there_before_generate_can_be_pressed_again(panel):
 def test_a_last_drawing_that_fails_leaves_the_buttons_usable(panel, monkeypatch):
     def broken(final=True): raise OSError("no screen")
     with monkeypatch.context() as patch:
-        patch.setattr(panel, "draw", broken)
+        patch.setattr(panel.screen, "draw", broken)
         run(panel, "x", max_new_tokens=2)
     assert not panel.generate_button.disabled and "no screen" in panel.message.value
     run(panel, "The", max_new_tokens=3)
@@ -346,13 +257,13 @@ def test_a_second_click_starts_no_second_run(panel, tokenizer):
 
 def test_clicks_from_many_threads_at_once_start_one_run(panel):
     started = []
-    panel.worker.submit = lambda name, job: started.append(name)
+    panel.writer.worker.submit = lambda name, job: started.append(name)
     clickers = [threading.Thread(target=panel.generate_button.click) for _ in range(20)]
     for t in clickers: t.start()
     for t in clickers: t.join()
     assert started == ["run"]
-    del panel.worker.submit
-    panel.running = False
+    del panel.writer.worker.submit
+    panel.writer.running = False
 
 
 def test_a_new_panel_stops_the_run_of_the_old_one(panel, tokenizer):
@@ -399,13 +310,13 @@ def test_an_interrupt_that_was_heard_by_somebody_else_still_is(panel, tokenizer,
     heard, before = [], signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, lambda *_: heard.append(1))
     try:
-        for _ in range(3): hear_interrupts()
+        for _ in range(3): handle_interrupts()
         slow(panel, tokenizer)
         signal.raise_signal(signal.SIGINT)
         assert heard == [1] and panel.join(30) and not panel.running
         for quiet in (signal.SIG_IGN, signal.SIG_DFL):
             signal.signal(signal.SIGINT, quiet)
-            hear_interrupts()
+            handle_interrupts()
             assert signal.getsignal(signal.SIGINT) is quiet
     finally: signal.signal(signal.SIGINT, before)
 
@@ -569,7 +480,7 @@ def test_a_bad_setting_is_a_sentence_and_the_next_run_works(panel, name, value, 
     assert words in html.unescape(panel.message.value) and "Traceback" not in panel.message.value
     assert not panel.generate_button.disabled and panel.written == "the"
     run(panel, max_new_tokens=3, **({} if name == "max_new_tokens" else {name: good}))
-    assert panel.message.value == "" and len(panel.lanes[0].draft.pieces) >= 1
+    assert panel.message.value == "" and len(transcript(panel).pieces) >= 1
 
 
 def test_a_slider_moved_to_a_bad_value_and_back_says_so_and_forgets_it(panel):
@@ -578,12 +489,12 @@ def test_a_slider_moved_to_a_bad_value_and_back_says_so_and_forgets_it(panel):
     panel.top_k.value = -3
     assert "top_k must be" in panel.message.value
     panel.top_k.value = None
-    assert panel.message.value == "" and panel.top_k.value == 0 and panel.lanes[0].settings()["top_k"] is None
+    assert panel.message.value == "" and panel.top_k.value == 0 and panel.columns[0].sampling().top_k is None
 
 
 @pytest.mark.parametrize("bad", [torch.full((300,), math.nan), torch.full((300,), -math.inf)])
 def test_logits_without_a_distribution_are_a_sentence(panel, bad):
-    panel.model = Scripted(logits=bad)
+    panel.writer.texts.model = Scripted(logits=bad)
     run(panel, "the")
     assert "no distribution" in panel.message.value and not panel.generate_button.disabled
 
@@ -623,7 +534,7 @@ def test_a_tokenizer_larger_than_the_model_is_a_sentence(tokenizer, tmp_path, mo
 
 def counted(panel):
     calls = []
-    panel.model.register_forward_hook(lambda *_: calls.append(1))
+    reader(panel).model.register_forward_hook(lambda *_: calls.append(1))
     return calls
 
 
@@ -645,8 +556,8 @@ def test_a_bar_writes_its_token(panel, tokenizer, row):
     assert panel.view.buttons[row].description == token_label(tokenizer, i)
     panel.view.buttons[row].click()
     assert panel.join(30)
-    draft = panel.lanes[0].draft
-    assert draft.sampler.tokens[0, :draft.sampler.end].tolist() == [*tokenizer.encode("the"), i]
+    draft = transcript(panel)
+    assert draft.generation.text.tokens.tolist() == [[*tokenizer.encode("the"), i]]
     assert panel.view.bars.value != bars and draft.pieces[0].ids == [i]
 
 
@@ -655,7 +566,7 @@ def test_two_quick_clicks_on_a_bar_write_it_once(panel):
     panel.join(30)
     for _ in range(2): panel.view.buttons[1].click()
     panel.join(30)
-    assert sum(len(p.ids) for p in panel.lanes[0].draft.pieces) == 1
+    assert sum(len(p.ids) for p in transcript(panel).pieces) == 1
 
 
 def test_the_end_of_text_bar_ends_the_text(panel, tokenizer):
@@ -668,7 +579,7 @@ def test_the_end_of_text_bar_ends_the_text(panel, tokenizer):
 
 def test_two_settings_stand_side_by_side(panel, tokenizer):
     panel.compare.value = True
-    a, b = panel.lanes
+    a, b = panel.columns
     b.temperature.value, b.top_p.value = 1.4, 0.5
     run(panel, "the ship", max_new_tokens=25, seed=6, temperature=0.9)
     for lane, chosen in ((a, dict(temperature=0.9, top_p=0.95)), (b, dict(temperature=1.4, top_p=0.5))):
@@ -678,10 +589,11 @@ def test_two_settings_stand_side_by_side(panel, tokenizer):
     a.top_p.value = 0.9
     assert "settings A" in panel.view.head.value
     b.top_p.value = 0.6
-    assert "settings B" in panel.view.head.value and panel.view.ids == b.now[1]
+    assert "settings B" in panel.view.head.value and panel.view.ids == panel.screen.kept[1][1]
     panel.view.buttons[0].click()
     panel.join(30)
-    assert len(b.draft.pieces) > len(a.draft.pieces) or b.draft.sampler.end == a.draft.sampler.end + 1
+    first, second = (sum(len(piece.ids) for piece in transcript(panel, i).pieces) for i in (0, 1))
+    assert (first, second) == (25, 26)
     panel.compare.value = False
     panel.join(30)
     assert b.box.layout.display == "none" and "settings" not in panel.view.head.value.split("</b>")[0]
@@ -689,19 +601,18 @@ def test_two_settings_stand_side_by_side(panel, tokenizer):
 
 def test_the_same_settings_side_by_side_write_the_same(panel):
     panel.compare.value = True
-    panel.lanes[1].top_p.value = panel.top_p.value
+    panel.columns[1].top_p.value = panel.top_p.value
     run(panel, "the", max_new_tokens=20)
-    assert plain(panel.lanes[0].text.value) == plain(panel.lanes[1].text.value)
+    assert plain(panel.columns[0].text.value) == plain(panel.columns[1].text.value)
 
 
 def test_the_status_counts_bytes_and_tokens(panel, tokenizer):
     run(panel, "the ship", max_new_tokens=7)
-    sampler = panel.lanes[0].draft.sampler
-    cache = sampler.cache
-    assert cache.max_length == 61 and cache.length == sampler.end
+    cache, length = reader(panel).cache, transcript(panel).generation.text.length
+    assert cache.max_length == 61 and cache.length == length
     held = cache.nbytes * cache.length // 61
     for words in (f"cache {held / 1024:.0f} of {cache.nbytes / 1024:.0f} kB", "tokens/s",
-                  f"{61 - sampler.end} of 61 tokens left"):
+                  f"{61 - length} of 61 tokens left"):
         assert words in panel.status.value
 
 
@@ -763,7 +674,7 @@ def test_the_newest_run_comes_first(tokenizer, tmp_path):
         save_run(tmp_path / name, tokenizer, 1)
         moment = time.time() - age
         os.utime(tmp_path / name / "step-00000003", (moment, moment))
-    listed = [label for label in find_choices([tmp_path]) if label.startswith("run")]
+    listed = [label for label in ModelChoices(None, None, [tmp_path]).labels() if label.startswith("run")]
     assert listed == ["run: run-002", "run: run-001", "run: run-003"]
 
 
@@ -813,12 +724,6 @@ def test_a_long_text_is_drawn_less_often(panel, tokenizer, monkeypatch):
     began = time.monotonic()
     run(panel, max_new_tokens=200)
     assert sum(drawn) <= 400_000 * (time.monotonic() - began) + 3 * max(drawn)
-
-
-def test_the_draft_takes_tokens_from_anybody(tokenizer):
-    draft = Draft(make_model(), tokenizer, "the")
-    for i in tokenizer.encode(" ship ⛵"): assert draft.add(i)
-    assert "".join(p.text for p in draft.pieces) == " ship ⛵" and not draft.add(tokenizer.eos_token_id)
 
 
 LEAVE = """
