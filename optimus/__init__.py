@@ -12,7 +12,7 @@ Modules:
 - `optimus.decoding`: Read each weight once, as fast as memory allows: the same model, prepared for one token at a time.
 - `optimus.devices`: Ask the machine what it has, compute in the shortest number type it is fast at, and leave the caller's random numbers alone.
 - `optimus.distributed`: Give every rank a share of the batch, let the ranks add up what they must share, and nothing but the speed changes.
-- `optimus.exercises`: Run a model, see the map, and learn how your own answers are judged.
+- `optimus.exercises.judge`: Reject what is nearly right, and say in one sentence what is wrong with it.
 - `optimus.feedforward`: Let one projection of a token decide how much of another projection gets through.
 - `optimus.files`: A file is written beside its place, brought to the disk, and only then given its name: a reader finds all of it or none of it.
 - `optimus.generation`: Turn a row of logits into one next token, again and again, and show the text as it grows.

@@ -1,4 +1,4 @@
-"""The judge passes right answers and no wrong one. Derived in notebooks/00_start_here.ipynb.
+"""The judge passes right answers and no wrong one. Derived in notebooks/exercises.
 
 An exercise is finished when its reference passes on every seed and each of its mutants fails.
 """
@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,12 @@ import torch
 import torch.nn.functional as F
 
 from optimus import exercises
+from optimus.exercises.kv_cache import rewound
 from optimus.exercises import EXERCISES, TODO, check, difference, hint, judge, progress, todo
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+JUDGE = sys.modules["optimus.exercises.judge"]  # the package's own `judge` is the function
+BOOKS = sorted((NOTEBOOKS[0].parent / "exercises").glob("*.ipynb"))
 MUTANTS = [(name, mutant) for name, task in EXERCISES.items() for mutant in task.mutants]
 
 
@@ -63,6 +67,28 @@ def cells(path): return json.loads(path.read_text(encoding="utf-8"))["cells"]
 def source(cell): return "".join(cell["source"])
 
 
+def test_every_chapter_has_its_book():
+    books = {path.stem for path in BOOKS}
+    assert books == {path.stem for path in NOTEBOOKS} | {"inputs", "judge"}
+    assert {task.notebook for task in EXERCISES.values()} == books - {"inputs", "judge"}
+    assert len(exercises.CHAPTERS) == len(set(exercises.CHAPTERS)) == len(NOTEBOOKS)
+
+
+@pytest.mark.parametrize("path", [path for path in BOOKS if path.stem != "judge"], ids=lambda p: p.stem)
+def test_a_book_runs_and_shows_what_each_wrong_answer_is_told(path, capsys):
+    """Its cells in this process (nbval leaves these notebooks out) show the verdicts that are committed."""
+    scope, committed = {"__name__": "__main__"}, ""
+    for cell in cells(path):
+        if cell["cell_type"] != "code": continue
+        exec(source(cell), scope)  # noqa: S102  our own text
+        printed = [o["text"] for o in cell["outputs"] if o["output_type"] == "stream"]
+        committed += "".join("".join(text) for text in printed)
+    def words(text): return re.sub(r"-?\d[\d.]*(e-?\d+)?", "#", text)  # another processor rounds otherwise
+    assert words(capsys.readouterr().out) == words(committed)
+    assert committed.count("\n") == sum(len(task.mutants) for task in EXERCISES.values()
+                                        if task.notebook == path.stem)
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_every_exercise_stands_in_its_notebook_as_a_stub_with_an_answer_that_passes(path):
     text = [source(c) for c in cells(path)]
@@ -89,7 +115,7 @@ def answer_scope():
     import optimus.rope
     from optimus.panel import next_token
 
-    def merge(symbols, pair): return exercises.joined(symbols, pair)
+    from optimus.exercises.data import joined as merge
     def entropy_bits(p): return float(-torch.special.xlogy(p, p).sum() / math.log(2))
     return dict(torch=torch, math=math, F=F, merge=merge, entropy_bits=entropy_bits, next_token=next_token,
                 apply_rope=optimus.rope.apply_rope, rope_angles=optimus.rope.rope_angles,
@@ -145,7 +171,7 @@ def test_an_unknown_name_is_refused_with_close_ones():
 
 
 def test_an_empty_book_says_where_the_full_one_is(monkeypatch):
-    monkeypatch.setattr(exercises, "EXERCISES", {})
+    monkeypatch.setattr(JUDGE, "EXERCISES", {})
     with pytest.raises(ValueError, match="from optimus.exercises import check, hint"): hint("softmax")
 
 
@@ -159,7 +185,7 @@ def test_an_exercise_may_be_written_again_but_not_over_another():
 
 
 def test_hints_come_one_after_the_other_or_by_number(capsys, monkeypatch):
-    monkeypatch.setattr(exercises, "HINTED", {})
+    monkeypatch.setattr(JUDGE, "HINTED", {})
     for number in (None, None, None, 1, 99, 0, None): hint("softmax", number)
     lines = capsys.readouterr().out.splitlines()
     assert [line[5:11] for line in lines] == [f"{n} of 2" for n in (1, 2, 2, 1, 2, 2, 2)]
@@ -238,7 +264,7 @@ def test_a_verdict_blames_the_answer_and_not_the_judge(name, fn, words):
     ("nucleus", lambda x, p: x >= x.sort(descending=True).values[
         (x.softmax(0).sort(descending=True).values.cumsum(0) < p - 1e-6).sum().clamp(max=len(x) - 1)],
      "of 4 equals 2 reach 0.5; yours keeps 4"),
-    ("rewind", lambda cache, n: exercises.rewound(cache, max(1, cache.length - n)), "tokens 0 must be left"),
+    ("rewind", lambda cache, n: rewound(cache, max(1, cache.length - n)), "tokens 0 must be left"),
     ("largest_batch", lambda f, p, m: max(0, (m - f - 1) // p), r"must return \d+, yours returned \d+"),
 ])
 def test_what_chance_does_not_draw_is_asked_for_in_words(name, fn, words):

@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-HAND_WRITTEN = {"__init__.py", "cli.py"}
+HAND_WRITTEN = {"__init__.py", "cli.py", "exercises/__init__.py"}
 
 
 def generated(root: Path) -> dict[str, str]:
     """The name and text of every generated file below `root`."""
-    files = [p for p in (root / "optimus").glob("*.py") if p.name not in HAND_WRITTEN]
-    return {p.name: p.read_text(encoding="utf-8") for p in files}
+    files = {p.relative_to(root / "optimus").as_posix(): p for p in (root / "optimus").rglob("*.py")}
+    return {name: p.read_text(encoding="utf-8") for name, p in files.items() if name not in HAND_WRITTEN}
 
 
 def export(root: Path) -> dict[str, str]:
@@ -27,8 +27,8 @@ def fresh_tree(folder: Path) -> Path:
     """A copy of the project without any generated module."""
     ignore = shutil.ignore_patterns(".ipynb_checkpoints")
     shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=ignore)
-    (folder / "optimus").mkdir()
-    for name in HAND_WRITTEN: shutil.copy(ROOT / "optimus" / name, folder / "optimus")
+    (folder / "optimus" / "exercises").mkdir(parents=True)
+    for name in HAND_WRITTEN: shutil.copy(ROOT / "optimus" / name, folder / "optimus" / name)
     shutil.copy(ROOT / "pyproject.toml", folder)
     shutil.copy(ROOT / "README.md", folder)
     return folder
