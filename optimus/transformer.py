@@ -240,7 +240,7 @@ class LanguageModel(nn.Module):
 
     def hidden(self, tokens: Tensor, cache: Cache | None = None, pos: Tensor | None = None,
                keep_last: int | None = None) -> Tensor:
-        """The stream after the last norm, (B, T, C), or its last `keep_last` positions. A cache holds all T."""
+        """The stream after the last norm, (B, T, C), or its last `keep_last` positions; a cache holds T."""
         check_tokens(tokens, self.config.vocab_size, read_gpu=not self.training)
         pos = positions(tokens, pos, cache, self.config.rope_seq_len)
         recompute = self.config.checkpointing and self.training and torch.is_grad_enabled() and cache is None
