@@ -92,9 +92,9 @@ def init_weights(model: nn.Module, std: float = 0.02) -> None:
 
 # %% ../notebooks/08_transformer.ipynb #a826a520
 def _loss_of_chunk(logits: Tensor, target: Tensor, wide: torch.dtype, lift: int) -> Tensor:
-    """The summed loss of logits (rows, V), which are replaced by its derivative times `lift` (unless 0).
+    """The summed cross entropy of logits (rows, V); in place, they become its gradient times `lift`.
 
-    target: (rows, 1), -100 is not counted. Computes in `wide`.
+    target: (rows, 1), -100 is not counted. Computes in `wide`. `lift=0` makes no gradient.
     """
     counted = target != -100
     target = target.where(counted, 0)
@@ -192,7 +192,7 @@ def check_positions(pos: Tensor, tokens: Tensor, cache: Cache | None) -> None:
 
 # %% ../notebooks/08_transformer.ipynb #9aedb45d
 def positions(tokens: Tensor, pos: Tensor | None, cache: Cache | None, longest: int) -> Tensor:
-    """`pos` if it is valid, or else T positions that continue the cache. ValueError beyond `longest`."""
+    """`pos` after a check; if it is None, T positions that continue the cache. At most `longest`."""
     if pos is None:
         start, T = 0 if cache is None else cache.length, tokens.shape[1]
         pos, last = torch.arange(start, start + T, device=tokens.device), start + T - 1
