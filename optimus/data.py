@@ -73,7 +73,7 @@ class Sequences(torch.utils.data.Dataset):
         return kept[epoch]
 
     def start(self, i: int) -> int:
-        """Where in the row of ids sequence i begins."""
+        """The place in the row of ids at which sequence i begins."""
         epoch, place = divmod(i, self.length)
         if self.seed is None: return place * self.max_length
         order, offset = self.order(epoch)

@@ -60,7 +60,7 @@ def their_name(name: str) -> str:
 
 # %% ../notebooks/13_interop.ipynb #84901623
 def convert_tensor(name: str, weight: Tensor, config: ModelConfig, interleaved: bool) -> Tensor:
-    """A copy of a tensor of our model, its rows reordered from the other layout of RoPE to this one.
+    """A copy of a weight of our model, with rows in the order that RoPE needs: `interleaved`, or half-split.
 
     Only W_q and W_k of "gqa" have two orders: Llama is half-split, DeepSeek-V2 interleaved as we are.
     """

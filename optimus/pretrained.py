@@ -43,7 +43,7 @@ def expected_shapes(build: Callable[[ModelConfig], nn.Module], config: ModelConf
     with torch.device("meta"): return shapes_of(weights_of(build(config)))
 
 def shapes_of(weights: dict[str, Tensor]) -> dict[str, tuple]:
-    """Name -> shape."""
+    """Name -> shape of tensors by name."""
     return {name: tuple(x.shape) for name, x in weights.items()}
 
 def first_difference(found: dict[str, tuple], wanted: dict[str, tuple]) -> str | None:
