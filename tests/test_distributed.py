@@ -1,7 +1,7 @@
 """What must stay true of optimus.distributed: ranks change nothing but the speed. Derived in notebook 14.
 
 Two real ranks under torchrun with gloo train the tiny model of fork_server.py. Starting them is slow, so
-one start serves the jobs of a whole plan; each test looks at those it is for. Most runs end after a few steps,
+one start serves the jobs of a whole plan; each test looks at those it is for. Most runs end after some steps,
 and their curve must be the beginning of a whole one.
 """
 import json
