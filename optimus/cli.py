@@ -282,7 +282,7 @@ def train(command: Train) -> int:
 
 
 def with_start_folder(config: TrainingConfig, resume) -> TrainingConfig:
-    """The settings with `start_from` as a folder, of a run its newest checkpoint; a resumed run needs none."""
+    """The settings with `start_from` as a folder, of a run its newest checkpoint; a resume needs none."""
     start = config.start_from
     if start in (None, *shipped_models()) or resume and not Path(start).is_dir(): return config
     return replace(config, start_from=str(find_checkpoint(start)))
@@ -293,9 +293,9 @@ def what_begins(command: Train, begun: str | None, ranks) -> str:
     config, model, device = command.training, command.model, ranks.device or best_device()
     several = f"{ranks.world_size} ranks ({config.parallel}) of {device.type}"
     where = several if ranks.world_size > 1 else device
-    return (f"{source_of_settings(command, begun, device)}: {model.attention.upper()} with {model.num_layers} "
-            f"layers of width {model.embedding_dim}, {config.max_length} tokens a sequence, "
-            f"{config.batch_size} sequences a step, corpus {config.dataset_name}, on {where}")
+    return (f"{source_of_settings(command, begun, device)}: {model.attention.upper()} with "
+            f"{model.num_layers} layers of width {model.embedding_dim}, {config.max_length} tokens "
+            f"a sequence, {config.batch_size} sequences a step, corpus {config.dataset_name}, on {where}")
 
 
 def source_of_settings(command: Train, begun: str | None, device: torch.device) -> str:
