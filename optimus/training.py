@@ -410,16 +410,16 @@ def train(model_config: ModelConfig, training_config: TrainingConfig, *, resume:
     device = torch.device(device or ranks.device or best_device())
     check_fit(model_config, config, device, ranks)
     run = Run.find(config, resume, ranks)
-    def data(): return prepare_data(model_config, config, run, corpus, tokenizer, say)
-    new = None if resume else ranks.on_rank_zero(data)
+    def read(): return prepare_data(model_config, config, run, corpus, tokenizer, say)
+    data = None if resume else ranks.on_rank_zero(read)  # a corpus that cannot be read leaves no folder behind
     with run.open():
-        found = new or ranks.on_rank_zero(data)
-        run.settings = _settings_of(model_config, config, found)
-        run.check_same(found.tokenizer)
+        data = data or ranks.on_rank_zero(read)  # on resume with the checkpoint's own tokenizer
+        run.settings = _settings_of(model_config, config, data)
+        run.check_same(data.tokenizer)
         with (isolated_rng(device), allow_tf32(amp_dtype(config.amp, device), device),
               StopRequest(ranks) as stop):
             state = start_or_resume(model_config, config, device, run, ranks)
             write_settings(run)
-            history = fit_and_save(Session(state, config, run, found, stop, say, on_step, progress))
+            history = fit_and_save(Session(state, config, run, data, stop, say, on_step, progress))
             model = ranks.gather_model(state.model).eval()
-    return TrainingResult(model, history, run.checkpoint, found.corpus, found.tokenizer, stop.stopped_by)
+    return TrainingResult(model, history, run.checkpoint, data.corpus, data.tokenizer, stop.stopped_by)

@@ -430,3 +430,10 @@ def test_only_cuda_pins_memory_and_only_cpu_and_cuda_fuse(go, monkeypatch):
     with torch.device("meta"): model = LanguageModel(SMALL)
     assert not make_optimizer(model, TrainingConfig()).defaults["fused"]
     assert make_optimizer(tiny(), TrainingConfig()).defaults["fused"]
+
+
+def test_ranks_may_be_given_under_their_old_name(tmp_path):
+    three = SimpleNamespace(world_size=3, device=None)
+    for name in ("ranks", "spread"):
+        with pytest.raises(ValueError, match="batch_size is 64; it must be a multiple of 3 ranks"):
+            train(SMALL, TrainingConfig(max_length=16, checkpoint_dir=str(tmp_path)), **{name: three})
