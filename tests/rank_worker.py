@@ -1,23 +1,27 @@
-"""Run under torchrun: train the tiny model once for every line of a plan, all in one group of ranks.
+"""Run under torchrun: do every job of a plan, all in one group of ranks.
 
     torchrun --standalone --nproc-per-node=2 tests/rank_worker.py FOLDER PLAN.json
 
-The plan is a list of runs; each rank writes what it saw to FOLDER/rank-R.json. `run` serves one process too.
+The plan is a list of jobs, each with a `kind` and a `name`. After each job a rank writes what it saw to
+FOLDER/rank-R.json; when torchrun starts all ranks again, jobs that are done are left out. A job is a run of
+the tiny model (`run` serves one process too), or a command line, or errors that rank 0 raises.
 """
 import contextlib
 import faulthandler
+import io
 import json
 import math
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from fork_server import CONFIG, MODEL, TEXTS
 
-from optimus import LanguageModel, ModelConfig, TrainingConfig, distributed, ranks, train, training
+from optimus import LanguageModel, ModelConfig, TrainingConfig, cli, distributed, ranks, train, training
 from optimus.checkpoint import CheckpointError, load_checkpoint
 from optimus.data import batches, train_tokenizer
 from optimus.distributed import DDPRanks, FSDPRanks, join, restart_count
@@ -209,13 +213,36 @@ def errors(parallel: str) -> list:
     return seen
 
 
+def command(words: list[str]) -> dict:
+    """What the command line prints on this rank; the group of ranks stays."""
+    out, err = io.StringIO(), io.StringIO()
+    with (planted([(dist, "destroy_process_group", lambda: None)]), contextlib.redirect_stdout(out),
+          contextlib.redirect_stderr(err)):
+        return dict(code=cli.main(words), out=out.getvalue(), err=err.getvalue())
+
+
+def do(folder: Path, job: dict):
+    if job.get("errors"): return errors(job["kind"])
+    if job.get("words"): return command(job["words"])
+    return run(folder / job["kind"], job)
+
+
 def main():
     faulthandler.dump_traceback_later(150, exit=True)  # a hang shows where
     torch.set_num_threads(1)
     folder, plan = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-    results = {job["name"]: run(folder, job) for job in plan}
-    results["errors"] = errors(plan[0]["settings"]["parallel"])
-    (folder / f"rank-{RANK}.json").write_text(json.dumps(results))
+    place = folder / f"rank-{RANK}.json"
+    results = json.loads(place.read_text()) if place.is_file() else {}
+    for job in plan:
+        seen = results.setdefault(job["kind"], {})
+        if job["name"] in seen: continue  # done before a rank was lost
+        try: seen[job["name"]] = do(folder, job)
+        except BaseException:  # a rank is lost; the clean-up of all groups would wait for it
+            traceback.print_exc()
+            os._exit(1)
+        half = place.with_suffix(".half")
+        half.write_text(json.dumps(results))
+        half.replace(place)
     dist.destroy_process_group()
 
 

@@ -299,7 +299,7 @@ def test_what_torch_cannot_do_here_is_one_sentence(workplace, monkeypatch, error
 def test_a_terminal_without_the_characters_and_a_reader_that_goes_end_no_run(tmp_path):
     texts = [text + " ⛵ 船 é" for text in TEXTS]
     (tmp_path / "corpus.txt").write_text("\n<|endoftext|>\n".join(texts), encoding="utf-8")
-    words = ["train", "--corpus", "corpus.txt", *SMALL, "--training.sample-interval", "2"]
+    words = ["train", "--corpus", "corpus.txt", *SMALL, "--training.sample-interval", "6"]
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "OPTIMUS_CACHE": str(tmp_path / "cache")}
     settings = dict(cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
     command = [sys.executable, "-m", "optimus.cli", *words]

@@ -1,7 +1,8 @@
 """What must stay true of optimus.distributed: ranks change nothing but the speed. Derived in notebook 14.
 
-Two real ranks under torchrun with gloo train the tiny model of fork_server.py. Starting them is slow, so one
-start serves the runs of a whole plan; each test looks at the runs it is for.
+Two real ranks under torchrun with gloo train the tiny model of fork_server.py. Starting them is slow, so
+one start serves the jobs of a whole plan; each test looks at those it is for. Most runs end after some steps,
+and their curve must be the beginning of a whole one.
 """
 import json
 import math
@@ -39,19 +40,15 @@ def torchrun(*words, cache, seconds=170, options=()):
                           text=True, timeout=seconds)
 
 
-def start(folder, plan, **how):
-    """What each rank saw: [{name: result}, {name: result}]."""
-    (folder / "plan.json").write_text(json.dumps(plan))
-    done = torchrun("tests/rank_worker.py", folder, folder / "plan.json", cache=folder / "cache", **how)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+STEPS = dict(recomputed=10, muon=10, uneven=10, nan=8, float16=8, parts=10)  # the others end after 6 steps
 
 
 def jobs(kind):
     """The plan for one kind of ranks."""
     settings = dict(parallel=kind)
-    parts = settings | dict(micro_batch_size=1)
-    plan = [dict(name="plain"), dict(name="recomputed", model=dict(checkpointing=True, tie_embeddings=False)),
+    parts, twelve = settings | dict(micro_batch_size=1), settings | dict(max_steps=12)
+    plan = [dict(name="plain", stop=20),
+            dict(name="recomputed", model=dict(checkpointing=True, tie_embeddings=False)),
             dict(name="muon", settings=settings | dict(optimizer="muon")),
             dict(name="uneven", fault="uneven", settings=parts),
             dict(name="same data", fault="same data"),
@@ -59,20 +56,40 @@ def jobs(kind):
             dict(name="nan", fault="nan"), dict(name="float16", fault="float16, inf"),
             dict(name="refused", fault="refused"),
             dict(name="odd", settings=settings | dict(batch_size=5)),
-            dict(name="signal", signal=6),
+            dict(name="signal", signal=6, stop=20),
             dict(name="parts", count=True, settings=parts),
             dict(name="always", count=True, fault="always exchanged", settings=parts),
-            dict(name="dropout", model=DROPOUT),
-            dict(name="dropout to 9", run="dropout-parts", model=DROPOUT, stop=9),
-            dict(name="dropout to 20", run="dropout-parts", model=DROPOUT, resume=True),
-            dict(name="from 1 rank", run="from-one", resume=True),
-            dict(name="to 1 rank", stop=9)]
+            dict(name="dropout", model=DROPOUT, settings=twelve, stop=12),
+            dict(name="dropout to 5", run="dropout-parts", model=DROPOUT, settings=twelve, stop=5),
+            dict(name="dropout to 12", run="dropout-parts", model=DROPOUT, settings=twelve, stop=12,
+                 resume=True),
+            dict(name="from 1 rank", run="from-one", resume=True, stop=10),
+            dict(name="to 1 rank", stop=5), dict(name="errors", errors=True)]
     if kind == "ddp":
         plan.append(dict(name="locally", fault="uneven, counted locally", settings=parts))
     else:
         plan += [dict(name="memory in a block", fault="memory in a block"),
-                 dict(name="forgotten", stop=9, fault="only shards")]
-    return [dict(settings=settings) | job for job in plan]
+                 dict(name="forgotten", stop=5, fault="only shards")]
+    return [dict(kind=kind, settings=settings, stop=STEPS.get(job["name"], 6)) | job for job in plan]
+
+
+def command(folder):
+    """The words of the command line that trains on two ranks."""
+    text = folder / "text.txt"
+    documents = [f"Document {i} counts from {i} to {i * i}. " * 9 for i in range(40)]
+    text.write_text("\n<|endoftext|>\n".join(documents))
+    words = ["train", "--preset", "tiny", "--corpus", text, "--model.vocab-size", "300",
+             "--model.embedding-dim", "32", "--model.num-layers", "2", "--training.parallel", "fsdp",
+             "--training.max-steps", "4", "--training.max-length", "32",
+             "--training.checkpoint-dir", folder / "c", "--training.tensorboard-dir", folder / "r"]
+    return list(map(str, words))
+
+
+def plan_of(folder):
+    """All jobs of the one start; in the last two a rank is lost, and torchrun starts all of them again."""
+    lost = [dict(name="killed", kill=6), dict(name="lost memory", fault="memory in backward")]
+    return [*jobs("ddp"), *jobs("fsdp"), dict(kind="command", name="train", words=command(folder)),
+            *(dict(kind="ddp", settings=DDP, stop=10) | job for job in lost)]
 
 
 @pytest.fixture(scope="module")
@@ -91,20 +108,33 @@ def single(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """ranks(kind) -> (folder, [rank 0's results, rank 1's results]); started at the first question."""
-    seen = {}
+    seen = []
 
     def go(kind):
-        if kind not in seen:
-            folder = tmp_path_factory.mktemp(kind)
-            run_job(folder, dict(name="from 1 rank", run="from-one", stop=9))
-            seen[kind] = None  # a start that fails is not tried again for every test
-            seen[kind] = folder, start(folder, jobs(kind))
-        assert seen[kind], "the ranks did not come to their end"
-        return seen[kind]
+        if not seen:
+            folder = tmp_path_factory.mktemp("ranks")
+            seen.append(None)  # a start that fails is not tried again for every test
+            for parallel in ("ddp", "fsdp"):
+                run_job(folder / parallel, dict(name="from 1 rank", run="from-one", stop=5))
+            (folder / "plan.json").write_text(json.dumps(plan_of(folder)))
+            done = torchrun("tests/rank_worker.py", folder, folder / "plan.json", cache=folder / "cache",
+                            options=["--max-restarts", "3"])
+            assert done.returncode == 0, done.stderr[-4000:]
+            both = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+            seen[:] = [(folder, both)]
+        assert seen[0], "the ranks did not come to their end"
+        folder, both = seen[0]
+        return folder / kind, [results[kind] for results in both]
     return go
 
 
 def apart(a, b): return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+def from_single(result, one):
+    """How far a curve is from the beginning of a whole one."""
+    assert 4 < len(result["losses"]) <= len(one["losses"])
+    return apart(result["losses"], one["losses"][:len(result["losses"])])
 
 
 # Two ranks with half a batch each are one rank with the batch
@@ -116,8 +146,8 @@ def apart(a, b): return max(abs(x - y) for x, y in zip(a, b, strict=True))
     ("muon", dict(settings=dict(optimizer="muon"))), ("uneven", dict(fault="uneven"))])
 def test_two_ranks_show_the_curve_of_one(ranks, single, kind, name, job):
     _, (first, second) = ranks(kind)
-    one = single(name, **job)
-    assert len(one["losses"]) == 20 and one["losses"][-1] < one["losses"][0] - 0.5
+    one = single(name, stop=STEPS.get(name, 20), **job)
+    assert len(one["losses"]) == STEPS.get(name, 20) and one["losses"][-1] < one["losses"][0] - 0.5
     for result in (first[name], second[name]):
         assert apart(result["losses"], one["losses"]) < 1e-5
         assert apart(result["validation"], one["validation"]) < 1e-5
@@ -128,13 +158,13 @@ def test_two_ranks_show_the_curve_of_one(ranks, single, kind, name, job):
 @pytest.mark.slow
 @BOTH
 def test_the_equality_fails_when_ranks_read_the_same_data(ranks, single, kind):
-    assert apart(ranks(kind)[1][0]["same data"]["losses"], single()["losses"]) > 1e-2
+    assert from_single(ranks(kind)[1][0]["same data"], single()) > 1e-2
 
 
 @pytest.mark.slow
 def test_the_equality_fails_when_each_rank_counts_its_own_targets(ranks, single):
-    one = single("uneven", fault="uneven")
-    assert apart(ranks("ddp")[1][0]["locally"]["losses"], one["losses"]) > 1e-2
+    one = single("uneven", fault="uneven", stop=STEPS["uneven"])
+    assert from_single(ranks("ddp")[1][0]["locally"], one) > 1e-2
 
 
 @pytest.mark.slow
@@ -142,9 +172,9 @@ def test_the_equality_fails_when_each_rank_counts_its_own_targets(ranks, single)
 def test_gradients_are_exchanged_once_a_step(ranks, single, kind):
     result = ranks(kind)[1][0]
     groups = 1 if kind == "ddp" else 3  # the tiny model is one bucket; FSDP has two blocks and the rest
-    assert result["parts"]["exchanges"] == 20 * groups
-    assert result["always"]["exchanges"] == 40 * groups
-    assert apart(result["parts"]["losses"], single()["losses"]) < 1e-5
+    assert result["parts"]["exchanges"] == 10 * groups
+    assert result["always"]["exchanges"] == 2 * 6 * groups
+    assert from_single(result["parts"], single()) < 1e-5
 
 
 # One checkpoint format
@@ -153,10 +183,10 @@ def test_gradients_are_exchanged_once_a_step(ranks, single, kind):
 @BOTH
 def test_resumed_on_the_same_ranks_it_is_exact_with_dropout(ranks, single, kind):
     _, (first, second) = ranks(kind)
-    for item in ("losses", "weights"): assert first["dropout to 20"][item] == first["dropout"][item]
-    assert len(first["dropout to 9"]["losses"]) == 9
-    assert apart(first["dropout"]["losses"], single()["losses"]) > 1e-2  # dropout was on
-    for mine in (first, second): assert mine["dropout to 20"]["streams"] == mine["dropout"]["streams"][9:]
+    for item in ("losses", "weights"): assert first["dropout to 12"][item] == first["dropout"][item]
+    assert len(first["dropout to 5"]["losses"]) == 5
+    assert from_single(first["dropout"], single()) > 1e-2  # dropout was on
+    for mine in (first, second): assert mine["dropout to 12"]["streams"] == mine["dropout"]["streams"][5:]
 
 
 @pytest.mark.slow
@@ -164,29 +194,29 @@ def test_resumed_on_the_same_ranks_it_is_exact_with_dropout(ranks, single, kind)
 def test_every_rank_draws_its_own_dropout(ranks, single, kind):
     _, (first, second) = ranks(kind)
     mine, other = first["dropout"]["streams"], second["dropout"]["streams"]
-    assert len(mine) == len(other) == 20 and all(a != b for a, b in zip(mine, other))
+    assert len(mine) == len(other) == 12 and all(a != b for a, b in zip(mine, other))
     assert mine[0] != mine[1] and other[0] != other[1]  # dropout draws from it
 
 
 @pytest.mark.slow
 @BOTH
 def test_saved_on_one_rank_and_resumed_on_two(ranks, single, kind):
-    assert apart(ranks(kind)[1][0]["from 1 rank"]["losses"], single()["losses"]) < 1e-5
+    assert from_single(ranks(kind)[1][0]["from 1 rank"], single()) < 1e-5
 
 
 @pytest.mark.slow
 @BOTH
 def test_saved_on_two_ranks_and_resumed_on_one(ranks, single, kind):
     folder, (first, _) = ranks(kind)
-    assert len(first["to 1 rank"]["losses"]) == 9
-    resumed = run_job(folder, dict(name="to 1 rank", resume=True))
-    assert apart(resumed["losses"], single()["losses"]) < 1e-5
+    assert len(first["to 1 rank"]["losses"]) == 5
+    resumed = run_job(folder, dict(name="to 1 rank", resume=True, stop=10))
+    assert from_single(resumed, single()) < 1e-5
 
 
 @pytest.mark.slow
 def test_the_equality_fails_when_the_optimizer_is_not_gathered(ranks, single):
-    resumed = run_job(ranks("fsdp")[0], dict(name="forgotten", resume=True))
-    assert apart(resumed["losses"], single()["losses"]) > 1e-3
+    resumed = run_job(ranks("fsdp")[0], dict(name="forgotten", resume=True, stop=15))
+    assert from_single(resumed, single()) > 1e-3
 
 
 @pytest.mark.slow
@@ -219,7 +249,7 @@ def test_out_of_memory_on_one_rank_halves_the_parts_of_all(ranks, single, kind, 
     _, both = ranks(kind)
     for result in both:
         assert result[name]["state"]["micro_batch_size"] == 1
-        assert apart(result[name]["losses"], single()["losses"]) < 1e-5
+        assert from_single(result[name], single()) < 1e-5
 
 
 @pytest.mark.slow
@@ -229,7 +259,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_a_step_skipped_by_all(ranks, k
     _, (first, second) = ranks(kind)
     assert not math.isfinite(first[name]["losses"][3]) and not math.isfinite(second[name]["norms"][3])
     assert all(map(math.isfinite, first[name]["losses"][:3] + first[name]["losses"][4:]))
-    assert first[name]["state"]["updates"] == 19
+    assert first[name]["state"]["updates"] == STEPS[name] - 1
     assert first[name]["weights"] == second[name]["weights"]
     assert first[name]["scales"] == second[name]["scales"]
     if name == "float16": assert first[name]["scales"][4] == first[name]["scales"][3] / 2
@@ -251,16 +281,15 @@ def test_an_error_on_rank_0_is_everyones_and_settings_are_refused_in_one_sentenc
 
 
 @pytest.mark.slow
-def test_a_killed_rank_and_memory_lost_in_backward_start_all_again(tmp_path, single):
+@pytest.mark.parametrize("name", ["killed", "lost memory"])
+def test_a_killed_rank_and_memory_lost_in_backward_start_all_again(ranks, single, name):
     """torchrun starts every rank again; the run goes on from its newest checkpoint."""
-    plan = [dict(name="killed", kill=12, settings=DDP),
-            dict(name="memory", fault="memory in backward", settings=DDP)]
-    both = start(tmp_path, plan, options=["--max-restarts", "3"])
+    folder, both = ranks("ddp")
     for result in both:
-        for name in ("killed", "memory"): assert apart(result[name]["losses"], single()["losses"]) < 1e-5
-        assert result["memory"]["state"]["micro_batch_size"] == 1
-    saved = tmp_path / "checkpoints" / "killed"
-    assert [p.name[-2:] for p in step_folders(saved)][-1] == "20"
+        assert from_single(result[name], single()) < 1e-5 and len(result[name]["losses"]) == 10
+    assert step_folders(folder / "checkpoints" / name)[-1].name[-2:] == "10"
+    if name == "lost memory":
+        assert [result[name]["state"]["micro_batch_size"] for result in both] == [1, 1]
 
 
 @pytest.mark.slow
@@ -288,29 +317,25 @@ def test_an_error_that_cannot_travel_is_told_in_its_words():
 @BOTH
 def test_on_resume_rank_0_alone_opens_the_checkpoint(ranks, kind):
     first, second = ranks(kind)[1]
-    for name in ("dropout to 20", "from 1 rank"): assert (first[name]["read"], second[name]["read"]) == (1, 0)
+    for name in ("dropout to 12", "from 1 rank"): assert (first[name]["read"], second[name]["read"]) == (1, 0)
 
 
 # The command line
 
 @pytest.mark.slow
-def test_the_command_trains_on_two_ranks(tmp_path):
-    text = tmp_path / "text.txt"
-    documents = [f"Document {i} counts from {i} to {i * i}. " * 9 for i in range(40)]
-    text.write_text("\n<|endoftext|>\n".join(documents))
-    words = ["-m", "optimus.cli", "train", "--preset", "tiny", "--corpus", text, "--model.vocab-size", "300",
-             "--training.parallel", "fsdp", "--training.max-steps", "4", "--training.max-length", "32",
-             "--training.checkpoint-dir", tmp_path / "c", "--training.tensorboard-dir", tmp_path / "r"]
-    done = torchrun(*words, cache=tmp_path / "cache")
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("on 2 ranks (fsdp) of cpu") == done.stdout.count("trained ") == 1
-    assert done.stdout.count("sample: ") == 1
-    assert find_damage(tmp_path / "c" / "run-001" / "step-00000004") is None
-    words = [*words[:3], "--resume", "--training.checkpoint-dir", tmp_path / "c", "--training.max-steps", "6"]
-    done = torchrun(*words, cache=tmp_path / "cache")  # all other settings, `fsdp` too, are the run's own
-    assert done.returncode == 0, done.stderr[-4000:]
+def test_the_command_trains_on_two_ranks_and_torchrun_continues_it(ranks, tmp_path):
+    folder, both = ranks("command")
+    assert [result["train"]["code"] for result in both] == [0, 0]
+    first, second = (result["train"]["out"] for result in both)
+    assert first.count("on 2 ranks (fsdp) of cpu") == first.count("trained ") == first.count("sample: ") == 1
+    assert not second
+    run = folder.parent / "c" / "run-001"
+    assert find_damage(run / "step-00000004") is None
+    words = ["-m", "optimus.cli", "train", "--resume", "--training.checkpoint-dir", run.parent]
+    done = torchrun(*words, "--training.max-steps", "6", cache=folder.parent / "cache")
+    assert done.returncode == 0, done.stderr[-4000:]  # all other settings, `fsdp` too, are the run's own
     assert done.stdout.count("continuing ") == done.stdout.count("on 2 ranks (fsdp) of cpu") == 1
-    assert find_damage(tmp_path / "c" / "run-001" / "step-00000006") is None
+    assert find_damage(run / "step-00000006") is None
 
 
 def test_torchrun_without_parallel_and_parallel_without_torchrun_are_refused(monkeypatch):
