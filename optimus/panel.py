@@ -72,10 +72,10 @@ class Worker:
         if thread is not None and thread is not threading.current_thread(): thread.join(timeout)
         return self.thread is None
 
-# %% ../notebooks/16_generation_panel.ipynb #e6b84f5b
+# %% ../notebooks/16_generation_panel.ipynb #99cbeb6f
 @dataclass(frozen=True)
 class Request:
-    """What a run shall write. Each of `samplings` returns the settings of a column at the moment."""
+    """What a run must write. Each of `samplings` returns the settings of a column at the moment."""
     prompt: str
     samplings: list[Callable[[], Sampling]]
     max_new_tokens: int
