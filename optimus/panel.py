@@ -72,10 +72,10 @@ class Worker:
         if thread is not None and thread is not threading.current_thread(): thread.join(timeout)
         return self.thread is None
 
-# %% ../notebooks/16_generation_panel.ipynb #e6b84f5b
+# %% ../notebooks/16_generation_panel.ipynb #99cbeb6f
 @dataclass(frozen=True)
 class Request:
-    """What a run shall write. Each of `samplings` returns the settings of a column at the moment."""
+    """What a run must write. Each of `samplings` returns the settings of a column at the moment."""
     prompt: str
     samplings: list[Callable[[], Sampling]]
     max_new_tokens: int
@@ -323,8 +323,7 @@ class _TokenActions:
 # %% ../notebooks/16_generation_panel.ipynb #3dac494c
 class _ModelMenu:
     """The dropdown of models. Choosing one opens it in the background, after a run under way was stopped."""
-    def __init__(self, dropdown: widgets.Dropdown, choices: ModelChoices, writer: Writer,
-                 restart: Callable[[Transcripts], None]):
+    def __init__(self, dropdown: widgets.Dropdown, choices: ModelChoices, writer: Writer, restart: Callable):
         self.dropdown, self.choices, self.writer, self.restart = dropdown, choices, writer, restart
         self._is_listing = False
 
@@ -363,6 +362,15 @@ def _connect(view: PanelView, texts: _TextActions, tokens: _TokenActions, menu: 
         for control in column.controls: control.observe(lambda _, i=i: moved(i), "value")
     for row, button in enumerate(view.view.buttons): button.on_click(lambda _, row=row: pick(row))
 
+# %% ../notebooks/16_generation_panel.ipynb #1f84f4d8
+def _join(writer: Writer, timeout: float | None) -> bool:
+    """Wait until all work is done, at most `timeout` seconds; True if it is. An interrupt stops the run."""
+    try: return writer.worker.join(timeout)
+    except KeyboardInterrupt:
+        writer.stop()
+        writer.worker.join(5)
+        raise
+
 # %% ../notebooks/16_generation_panel.ipynb #55b3220b
 def _wire(panel: PanelView, choices: ModelChoices) -> None:
     """Give the panel its writer, screen, menu and actions, and connect its controls to them."""
@@ -397,8 +405,6 @@ class GenerationPanel(PanelView):
     @property
     def model(self) -> nn.Module: return self.writer.texts.model
     @property
-    def tokenizer(self): return self.writer.texts.tokenizer
-    @property
     def running(self) -> bool: return self.writer.running
 
     @property
@@ -411,11 +417,7 @@ class GenerationPanel(PanelView):
 
     def join(self, timeout: float | None = None) -> bool:
         """Wait until all work is done, at most `timeout` seconds; True if it is. An interrupt stops a run."""
-        try: return self.writer.worker.join(timeout)
-        except KeyboardInterrupt:
-            self.stop()
-            self.writer.worker.join(5)
-            raise
+        return _join(self.writer, timeout)
 
     def close(self) -> None:
         """End the run and its thread, and let go of widgets, models and texts."""

@@ -40,6 +40,12 @@ def _slider(name: str, value: float, low: float, high: float, step: float) -> wi
                                  readout_format=".2f", layout=widgets.Layout(width="auto"))
     return slider.add_class("optimus-slider")
 
+# %% ../notebooks/16d_panel_view.ipynb #b423c1f3
+def _page(prompt: str, transcript: Transcript | None, with_tooltips: bool) -> str:
+    """The HTML of a transcript; without one, of the prompt alone."""
+    if transcript is None: return page_html(prompt, [])
+    return page_html(transcript.prompt, transcript.pieces, transcript.tokenizer if with_tooltips else None)
+
 # %% ../notebooks/16d_panel_view.ipynb #fbc6385c
 class Column:
     """Four settings, and the page of the text written with them."""
@@ -65,11 +71,7 @@ class Column:
 
     def show(self, prompt: str, transcript: Transcript | None, with_tooltips: bool) -> None:
         """Show a transcript, or the prompt alone."""
-        pieces, tokenizer = [], None
-        if transcript is not None:
-            prompt, pieces = transcript.prompt, transcript.pieces
-            if with_tooltips: tokenizer = transcript.tokenizer
-        self.text.value = page_html(prompt, pieces, tokenizer)
+        self.text.value = _page(prompt, transcript, with_tooltips)
 
 # %% ../notebooks/16d_panel_view.ipynb #b10c2df3
 def _label(buttons: list[widgets.Button], ids: list[int], tokenizer) -> None:

@@ -19,9 +19,9 @@ from torch import nn
 from optimus.checkpoint import write_manifest
 from optimus.config import ModelConfig
 from optimus.data import save_tokenizer, train_tokenizer
-from optimus.generation import stream
+from optimus.generation import Sampling, stream
 from optimus.next_token import likeliest, token_label
-from optimus.panel import GIVEN, GenerationPanel, ModelChoices, Worker
+from optimus.panel import GIVEN, GenerationPanel, ModelChoices, Request, Worker, Writer
 from optimus.panel_lifetime import handle_interrupts
 from optimus.transformer import LanguageModel
 
@@ -465,6 +465,27 @@ def test_the_worker_drops_what_is_out_of_date_and_survives_errors():
     assert worker.join(10) and done[2:] == list(range(300)) and worker.thread is None
 
 
+def test_a_writer_needs_no_widget_and_says_when_it_is_done(tokenizer):
+    seen, said, changes = [], [], []
+    writer = Writer(make_model(), tokenizer, say=said.append, on_change=changes.append,
+                    on_running=lambda: seen.append(writer.running))
+    def request(*settings, **more):
+        settings = [lambda s=s: Sampling(**s) for s in settings]
+        return Request("the", settings, **dict(max_new_tokens=9, seed=1, fresh=True) | more)
+    writer.start(request(dict(temperature=0.5), dict(top_p=0.9)))
+    assert writer.worker.join(30) and seen == [True, False] and changes[-1] is True and set(said) == {""}
+    for transcript, chosen in zip(writer.texts.items, (dict(temperature=0.5), dict(top_p=0.9)), strict=True):
+        wanted = stream(writer.texts.model, tokenizer, "the", max_new_tokens=9, seed=1, **chosen)
+        assert transcript.text == "the" + "".join(wanted)
+    before = writer.texts.items[0].text
+    writer.start(request(dict(top_k=0)))  # a mistake writes nothing
+    assert writer.worker.join(30) and said[-1].startswith("top_k must be") and not writer.running
+    assert writer.texts.items[0].text == before
+    writer.start(request(dict(), fresh=False))
+    writer.edit("restart", lambda texts: texts.restart("of", 1))  # waits for the run
+    assert writer.worker.join(30) and [t.text for t in writer.texts.items] == ["of"]
+
+
 # Mistakes become sentences
 
 @pytest.mark.parametrize("name, value, words", [
@@ -582,9 +603,9 @@ def test_two_settings_stand_side_by_side(panel, tokenizer):
     a, b = panel.columns
     b.temperature.value, b.top_p.value = 1.4, 0.5
     run(panel, "the ship", max_new_tokens=25, seed=6, temperature=0.9)
-    for lane, chosen in ((a, dict(temperature=0.9, top_p=0.95)), (b, dict(temperature=1.4, top_p=0.5))):
+    for column, chosen in ((a, dict(temperature=0.9, top_p=0.95)), (b, dict(temperature=1.4, top_p=0.5))):
         wanted = stream(panel.model, tokenizer, "the ship", max_new_tokens=25, seed=6, **chosen)
-        assert plain(lane.text.value) == "the ship" + "".join(wanted)
+        assert plain(column.text.value) == "the ship" + "".join(wanted)
     assert b.box.layout.display is None
     a.top_p.value = 0.9
     assert "settings A" in panel.view.head.value
