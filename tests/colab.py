@@ -38,8 +38,8 @@ def write_badges(notebooks: Path, address: str) -> None:
         install = INSTALL.format(address=address, folder=address.split("/")[1])
         install = nbformat.v4.new_code_cell(install, id="colab-install", metadata={"tags": ["nbval-skip"]})
         nb.cells.insert(1, badge)  # below the title
-        second = next(i for i, c in enumerate(nb.cells) if c.source.startswith("#| default_exp"))
-        nb.cells.insert(second + 1, install)
+        code = next(i for i, c in enumerate(nb.cells) if c.cell_type == "code")
+        nb.cells.insert(code + nb.cells[code].source.startswith("#| default_exp"), install)
         path.write_text(clean(nb), encoding="utf-8")
 
 

@@ -73,6 +73,45 @@ def test_pattern(path):
     assert longest <= 3, "more than three code cells in a row"
 
 
+BOOKS = sorted((ROOT / "notebooks" / "exercises").glob("*.ipynb"))
+LONG = {"TrainingConfig", "LanguageModel", "loss_in_parts"}  # one table of fields, one model, one exercise
+
+
+def exported(paths) -> dict[str, int]:
+    """The lines of every exported cell, under the first name that it defines."""
+    found = {}
+    for path in paths:
+        for cell in cells(path, "code"):
+            if not source(cell).startswith("#| export"): continue
+            name = re.search(r"(?:^def|^class|^exercise\(.)\s*(\w+)", source(cell), re.M)
+            lines = sum(bool(line.strip()) for line in source(cell).splitlines())
+            found[name[1] if name else f"{path.stem} {cell['id']}"] = lines
+    return found
+
+
+def test_exported_cells_are_small():
+    lines = exported([*NOTEBOOKS, *BOOKS])
+    sizes = sorted(lines.values())
+    assert sizes[len(sizes) // 2] <= 12 and sizes[int(0.9 * len(sizes))] <= 25
+    assert {name for name, count in lines.items() if count > 40} == LONG
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *BOOKS], ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_a_sentence_stands_before_every_exported_cell(path):
+    row = all_cells(path)
+    alone = [source(cell)[:60] for before, cell in zip(row, row[1:])
+             if source(cell).startswith("#| export") and cell["cell_type"] == "code"
+             and before["cell_type"] == "code" and not source(before).startswith("#| default_exp")]
+    assert alone == []
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *BOOKS], ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_a_markdown_cell_holds_150_words_at_most(path):
+    words = {cell["id"]: len(re.sub(r"```.*?```|\|.*", "", source(cell), flags=re.S).split())
+             for cell in cells(path, "markdown") if "<details>" not in source(cell)}
+    assert {name: count for name, count in words.items() if count > 150} == {}
+
+
 def anchors(path: Path) -> set[str]:
     text = prose(path) if path.suffix == ".ipynb" else path.read_text(encoding="utf-8")
     headings = re.findall(r"^#+ (.+)$", text, re.M)
