@@ -411,7 +411,7 @@ def train(model_config: ModelConfig, training_config: TrainingConfig, *, resume:
     check_fit(model_config, config, device, ranks)
     run = Run.find(config, resume, ranks)
     def read(): return prepare_data(model_config, config, run, corpus, tokenizer, say)
-    data = None if resume else ranks.on_rank_zero(read)  # a corpus that cannot be read leaves no folder behind
+    data = None if resume else ranks.on_rank_zero(read)  # one that cannot be read leaves no folder
     with run.open():
         data = data or ranks.on_rank_zero(read)  # on resume with the checkpoint's own tokenizer
         run.settings = _settings_of(model_config, config, data)

@@ -1,8 +1,9 @@
 """Import torch once; then, for every line of JSON on standard input, fork a child that trains.
 
 A line holds the fields of TrainingConfig that differ from CONFIG, and may hold `kill_at`: the child kills
-itself with SIGKILL when it has made so many calls that put files in place (fsync, rename, link). Prints the
-child's process number and, when it ends, its exit code.
+itself with SIGKILL when it has made so many calls that put files in place (fsync, rename, link). Or it holds
+`words`, the arguments of the command line, and `folder`, where the child runs it and writes `out` and `err`.
+Prints the child's process number and, when it ends, its exit code.
 """
 import json
 import os
@@ -18,7 +19,7 @@ import torch._dynamo
 import torch.utils.tensorboard
 import tqdm.auto  # noqa: F401
 
-from optimus import ModelConfig, TrainingConfig, train
+from optimus import ModelConfig, TrainingConfig, cli, train
 from optimus.data import train_tokenizer
 
 MODEL = dict(vocab_size=280, embedding_dim=32, num_layers=2, num_attention_heads=2, rope_seq_len=32,
@@ -50,15 +51,26 @@ def work(settings: dict):
           tokenizer=train_tokenizer(TEXTS, 280), progress=False)
 
 
+def command(words: list[str], folder: str) -> int:
+    """Run the command line in `folder`, as a process of its own would."""
+    os.chdir(folder)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    torch.set_num_threads(1)
+    try: return cli.main(words)
+    finally: sys.stdout.flush()
+
+
 def main():
     for line in sys.stdin:
         child = os.fork()
         if not child:
-            try: work(json.loads(line))
+            job, code = json.loads(line), 0
+            try: code = command(**job) if "words" in job else work(job)
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
-            os._exit(0)
+            os._exit(code or 0)
         print(child, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 

@@ -40,9 +40,9 @@ class ForkServer:
         self.process.wait()
 
 
-@pytest.fixture
-def server(tmp_path):
-    server = ForkServer({"OPTIMUS_CACHE": str(tmp_path / "cache")})
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = ForkServer({"OPTIMUS_CACHE": str(tmp_path_factory.mktemp("server") / "cache")})
     yield server
     server.close()
 
@@ -152,10 +152,12 @@ def test_a_disk_that_is_full_from_any_write_on_costs_one_sentence_and_no_checkpo
     assert at > 25 and logged(run) == logged(tmp_path / "whole" / "c" / "run")
 
 
-def run_cli(tmp_path, *arguments, **options):
-    environment = {**os.environ, "OPTIMUS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "optimus.cli", *arguments], cwd=tmp_path, env=environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+def wait_for(history: Path, steps: int):
+    """Until the log of a run in another process has so many steps."""
+    for _ in range(3000):
+        if history.exists() and history.read_text().count("\n") >= steps: return
+        time.sleep(0.02)
+    raise TimeoutError(f"{history} has not come to step {steps}")
 
 
 SMALL = ["--preset", "tiny", "--corpus", "corpus.txt", "--model.vocab-size", "300",
@@ -171,45 +173,38 @@ def corpus(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(tmp_path, corpus):
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(server, tmp_path, corpus):
     """A real process, stopped by SIGTERM; what it says is typed in, and SIGINT sent twice ends that."""
-    number, code = signal.SIGTERM, 143
-    child = run_cli(tmp_path, "train", *SMALL, "--training.max-steps", "100000")
+    child = server.start(words=["train", *SMALL, "--training.max-steps", "100000"], folder=str(tmp_path))
     history = tmp_path / "checkpoints" / "run-001" / "history.jsonl"
-    for _ in range(600):
-        if history.exists() and history.read_text().count("\n") > 3: break
-        time.sleep(0.1)
-    child.send_signal(number)
-    out, err = child.communicate(timeout=60)
-    assert child.returncode == code, err
+    wait_for(history, 4)
+    os.kill(child, signal.SIGTERM)
+    code, out, err = server.wait(), *((tmp_path / name).read_text() for name in ("out", "err"))
+    assert code == 143, err
     steps = [json.loads(line)["step"] for line in history.read_text().splitlines()]
     newest = step_folders(history.parent)[-1]
     assert int(newest.name[5:]) == steps[-1] and find_damage(newest) is None
     assert "Traceback" not in err
     command = re.search(r"    optimus (train --resume.*)", out)[1].split()
-    again = run_cli(tmp_path, *command)
-    for _ in range(600):
-        if history.read_text().count("\n") > steps[-1] + 1: break
-        time.sleep(0.1)
-    for _ in range(2): again.send_signal(signal.SIGINT)
-    out, err = again.communicate(timeout=60)
-    assert again.returncode == 130 and out.startswith("continuing checkpoints/run-001: "), err
+    again = server.start(words=command, folder=str(tmp_path))
+    wait_for(history, steps[-1] + 2)
+    for _ in range(2): os.kill(again, signal.SIGINT)
+    code, out, err = server.wait(), *((tmp_path / name).read_text() for name in ("out", "err"))
+    assert code == 130 and out.startswith("continuing checkpoints/run-001: "), err
     assert [json.loads(line)["step"] for line in history.read_text().splitlines()][:len(steps) + 1] == [
         *steps, steps[-1] + 1]
 
 
 @pytest.mark.slow
-def test_killed_by_hand_and_resumed_shows_one_curve(tmp_path, corpus, monkeypatch):
+def test_killed_by_hand_and_resumed_shows_one_curve(server, tmp_path, corpus, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     arguments = ["train", *SMALL, "--training.max-steps", "60", "--training.save-interval", "7"]
-    child = run_cli(tmp_path, *arguments)
+    child = server.start(words=arguments, folder=str(tmp_path))
     history = tmp_path / "checkpoints" / "run-001" / "history.jsonl"
-    for _ in range(600):
-        if history.exists() and history.read_text().count("\n") >= 17: break
-        time.sleep(0.02)
-    child.kill()
-    child.communicate()
+    wait_for(history, 17)
+    os.kill(child, signal.SIGKILL)
+    assert server.wait() == -signal.SIGKILL
     time.sleep(1.01 - time.time() % 1)  # TensorBoard's files sort by second, and within one by process number
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPTIMUS_CACHE", str(tmp_path / "cache"))
