@@ -50,7 +50,7 @@ def _page(prompt: str, transcript: Transcript | None, with_tooltips: bool) -> st
 class Column:
     """Four settings, and the page of the text written with them."""
     def __init__(self, name: str, temperature: float, top_p: float):
-        self.name, self._values, self._sampling = name, None, None
+        self.name, self._judged = name, (None, None)  # settings, and the Sampling made of them
         self.temperature = _slider("temperature", temperature, 0, 2, 0.05)
         self.top_p = _slider("top-p", top_p, 0.01, 1, 0.01)
         self.min_p = _slider("min-p", 0, 0, 1, 0.01)
@@ -66,8 +66,8 @@ class Column:
         """The settings of this moment; a filter at its end is off. ValueError if one is out of its range."""
         top_p, min_p, top_k = self.top_p.value, self.min_p.value, self.top_k.value
         values = self.temperature.value, top_k or None, None if top_p == 1 else top_p, min_p or None
-        if values != self._values: self._sampling, self._values = Sampling(*values), values
-        return self._sampling
+        if values != self._judged[0]: self._judged = values, Sampling(*values)  # one write, for two threads
+        return self._judged[1]
 
     def show(self, prompt: str, transcript: Transcript | None, with_tooltips: bool) -> None:
         """Show a transcript, or the prompt alone."""
