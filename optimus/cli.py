@@ -166,7 +166,7 @@ def impossible_here(error: RuntimeError) -> str | None:
 def parse(argv: list[str]) -> Train | Generate | Export | Bench | Info:
     """The command that the words ask for; a bad flag or value ends the program with code 2 and a sentence."""
     if argv and argv[0] not in (*NAMES, "-h", "--help"):
-        refuse(f"no command {argv[0]}; there are {', '.join(NAMES)}; see optimus --help")
+        exit_with(f"no command {argv[0]}; there are {', '.join(NAMES)}; see optimus --help")
     commands = (Annotated[Train, tyro.conf.subcommand("train", default=train_defaults(argv))]
                 | Annotated[Generate, tyro.conf.subcommand("generate")]
                 | Annotated[Export, tyro.conf.subcommand("export")]
@@ -186,11 +186,12 @@ def parse(argv: list[str]) -> Train | Generate | Export | Bench | Info:
         text = re.sub(r"\.? For full helptext, (run|see):? ", "; see ", text)
         if text: print(f"optimus: {text}", file=sys.stderr)
         raise end
-    if unknown: refuse(unknown_words(command, unknown))
+    if unknown: exit_with(unknown_words(command, unknown))
     return command
 
 
-def refuse(text: str):
+def exit_with(text: str):
+    """Print a sentence and end the program with code 2."""
     print(f"optimus: {text}", file=sys.stderr)
     raise SystemExit(2)
 
