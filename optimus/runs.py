@@ -14,7 +14,7 @@ A **run** is a folder with checkpoints, a history and a few small notes. Whoever
 # %% auto #0
 __all__ = ['FREE_TO_CHANGE', 'find_run_folder', 'create_run_folder', 'lock_run', 'read_json', 'saved_settings',
            'write_micro_batch_hint', 'micro_batch_hint', 'check_same_settings', 'check_same_corpus', 'set_aside',
-           'set_aside_newer', 'last_good_checkpoint', 'Run', 'write_settings']
+           'set_aside_newer', 'last_good_checkpoint', 'Run', 'write_settings', 'find_checkpoint']
 
 # %% ../notebooks/11b_runs.ipynb #384436a9
 import contextlib
@@ -32,6 +32,7 @@ from .checkpoint import (CheckpointError, json_text, latest_checkpoint, remove_l
                                 step_of, write_whole)
 from .config import ModelConfig, TrainingConfig
 from .data import Tokenizer, load_tokenizer
+from .pretrained import find_folder, shipped_models
 
 # %% ../notebooks/11b_runs.ipynb #46afbd89
 def _newest_run(root: Path, numbers: dict[Path, int]) -> str:
@@ -257,3 +258,26 @@ def write_settings(run: Run) -> None:
     """Write settings.json with what the run was told, for one that dies before its first checkpoint."""
     def write(): write_whole(run.folder / "settings.json", json_text(run.settings, indent=1))
     if not run.checkpoint: run.ranks.on_rank_zero(write)
+
+# %% ../notebooks/11b_runs.ipynb #3e1923b2
+def _no_checkpoint(path_or_name: str, root: str | Path) -> ValueError:
+    """The error for a name that leads nowhere; it lists the shipped models and the newest runs."""
+    names = f" and not one of {', '.join(shipped_models())}" if shipped_models() else ""
+    runs = [p for p in Path(root).glob("*") if step_folders(p)]
+    runs = [p.name for p in sorted(runs, key=lambda p: p.stat().st_mtime, reverse=True)[:5]]
+    there = f"; the newest runs in ./{root}: {', '.join(runs)}" if runs else ""
+    return ValueError(f"no checkpoint {path_or_name!r}: not a folder{names}{there}")
+
+def find_checkpoint(path_or_name: str | None = None, root: str | Path = "checkpoints") -> Path:
+    """The folder of a checkpoint, run, saved model or shipped model; None: the newest checkpoint in `root`.
+
+    Without a checkpoint there, the first shipped model. ValueError says what there is instead.
+    """
+    if path_or_name is None:
+        folder = latest_checkpoint(root) if Path(root).is_dir() else None
+        folder = folder or next(iter(shipped_models().values()), None)
+        if folder is None: raise ValueError(f"no checkpoint in ./{root}; `optimus train` makes one")
+        return folder
+    folder = find_folder(path_or_name)
+    if not folder.is_dir(): raise _no_checkpoint(path_or_name, root)
+    return folder if (folder / "model.safetensors").is_file() else latest_checkpoint(folder) or folder
