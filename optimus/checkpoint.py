@@ -90,7 +90,8 @@ def write_whole(path: Path, text: str, writer: str = "") -> None:
         with atomic_path(path, path.with_name(f".{path.name}{writer}.half")) as half:
             half.write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
-        raise CheckpointError(f"could not write {path}: {describe_write_error(error, path.parent)}") from error
+        why = describe_write_error(error, path.parent)
+        raise CheckpointError(f"could not write {path}: {why}") from error
 
 # %% ../notebooks/11_checkpoints.ipynb #f8f898ce
 def write_manifest(folder: Path, known: dict[str, dict] | None = None) -> None:

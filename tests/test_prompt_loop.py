@@ -9,7 +9,8 @@ from optimus import prompt_loop
 from optimus.prompt_loop import COMMANDS, change_setting, run_slash_command
 
 SETTINGS = {"max_new_tokens": 20, "temperature": 0.8, "top_k": None, "top_p": None, "min_p": None, "seed": 0}
-VALUES = {"/temperature": "0.7", "/top-p": "0.9", "/top-k": "40", "/min-p": "0.05", "/seed": "3", "/tokens": "7"}
+VALUES = {"/temperature": "0.7", "/top-p": "0.9", "/top-k": "40", "/min-p": "0.05", "/seed": "3",
+          "/tokens": "7"}
 
 
 @pytest.mark.parametrize("word", COMMANDS)
@@ -50,7 +51,7 @@ def lines(monkeypatch, *typed):
 def test_ctrl_c_at_the_prompt_stays_and_the_end_of_input_leaves(monkeypatch, capsys):
     left = lines(monkeypatch, KeyboardInterrupt, "one", "/nonsense", EOFError, "never")
     seen = []
-    monkeypatch.setattr(prompt_loop, "print_stream", lambda model, tokenizer, line, settings: seen.append(line))
+    monkeypatch.setattr(prompt_loop, "print_stream", lambda model, tokenizer, line, _: seen.append(line))
     assert prompt_loop.prompt_loop(None, None, SETTINGS) == 0
     assert seen == ["one"] and left == ["never"]
     out = capsys.readouterr().out
