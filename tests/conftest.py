@@ -17,6 +17,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when imported, here and in
 CLOCK = """
 def _clock():
     import os, time, timeit
+    os.environ["TQDM_DISABLE"] = "1"  # bars appear where the work takes long enough
     scale, real = float(os.environ.get("OPTIMUS_CLOCK", 1)), time.perf_counter
     time.perf_counter = timeit.default_timer = lambda: scale * real()
 _clock()

@@ -4,7 +4,7 @@ import torch
 from trained import tiny
 
 from optimus import TrainingConfig
-from optimus.training import Muon, learning_rate_at, make_optimizer, orthogonalize
+from optimus.optimizers import Muon, learning_rate_at, make_optimizer, orthogonalize
 
 
 @pytest.mark.parametrize("total, warmup", [(97, 0), (97, 13), (7, 7), (1, 0)])
