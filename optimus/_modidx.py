@@ -530,6 +530,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'optimus/generation.py'),
                                     'optimus.generation.TokenBuffer.cut_context': ( 'sampling.html#tokenbuffer.cut_context',
                                                                                     'optimus/generation.py'),
+                                    'optimus.generation.TokenBuffer.max_context': ( 'sampling.html#tokenbuffer.max_context',
+                                                                                    'optimus/generation.py'),
                                     'optimus.generation.TokenBuffer.tokens': ('sampling.html#tokenbuffer.tokens', 'optimus/generation.py'),
                                     'optimus.generation._check': ('sampling.html#_check', 'optimus/generation.py'),
                                     'optimus.generation._check_eos': ('sampling.html#_check_eos', 'optimus/generation.py'),

@@ -202,10 +202,10 @@ class Transcript:
 # %% ../notebooks/16b_next_token.ipynb #6574992b
 def status_line(transcripts: list[Transcript], rate: float) -> str:
     """Speed, cache and context of some texts, as one line; `rate` in tokens a second."""
-    texts = [t.generation.text for t in transcripts]
-    window, used = texts[0].window, max(text.context.shape[1] for text in texts)
+    buffers = [t.generation.buffer for t in transcripts]
+    window, used = buffers[0].window, max(buffer.context.shape[1] for buffer in buffers)
     parts = [f"{rate:.0f} tokens/s"] if rate else []
-    if caches := [cache for t in transcripts if (cache := t.generation.reader.cache) is not None]:
+    if caches := [cache for t in transcripts if (cache := t.generation.cached_model.cache) is not None]:
         total = sum(c.nbytes for c in caches)
         held = sum(c.nbytes * c.length // c.max_length for c in caches)
         parts.append(f"cache {held / 1024:,.0f} of {total / 1024:,.0f} kB")

@@ -315,9 +315,9 @@ class _TokenActions:
         texts, ids, column = self.writer.texts, self.view.view.ids, self.screen.focus
         if self.writer.running or column >= len(texts.items) or row >= len(ids): return
         transcript, token = texts.items[column], ids[row]
-        length = transcript.generation.text.length
+        length = transcript.generation.buffer.length
         def add(texts):
-            if transcript.generation.text.length == length: transcript.add(token)
+            if transcript.generation.buffer.length == length: transcript.add(token)
         self.writer.edit(f"pick {time.monotonic_ns()}", add)
 
 # %% ../notebooks/16_generation_panel.ipynb #3dac494c

@@ -278,7 +278,7 @@ def test_sliders_move_the_bars_without_a_model_call(hand):
     until(lambda: hand.lab.python("panel.temperature.value") == 1.5, "the temperature")
     hand.lab.python("panel.join(30) and setattr(panel, 'calls', 0)")
     count = "lambda *_: setattr(panel, 'calls', panel.calls + 1)"
-    hand.lab.python(f"[panel.writer.texts.items[0].generation.reader.model.register_forward_hook({count})].clear()")
+    hand.lab.python(f"[panel.writer.texts.items[0].generation.cached_model.model.register_forward_hook({count})].clear()")
     handle = hand.slider("top-p").locator(".noUi-handle")
     handle.focus()
     for key, times in (("ArrowLeft", 15), ("ArrowRight", 5)):

@@ -77,7 +77,7 @@ def with_model(panel, model):
 
 
 def transcript(panel, column=0): return panel.writer.texts.items[column]
-def reader(panel): return transcript(panel).generation.reader
+def reader(panel): return transcript(panel).generation.cached_model
 def plain(page): return html.unescape(re.sub("<[^>]*>", "", page))
 
 
@@ -578,7 +578,7 @@ def test_a_bar_writes_its_token(panel, tokenizer, row):
     panel.view.buttons[row].click()
     assert panel.join(30)
     draft = transcript(panel)
-    assert draft.generation.text.tokens.tolist() == [[*tokenizer.encode("the"), i]]
+    assert draft.generation.buffer.tokens.tolist() == [[*tokenizer.encode("the"), i]]
     assert panel.view.bars.value != bars and draft.pieces[0].ids == [i]
 
 
@@ -629,7 +629,7 @@ def test_the_same_settings_side_by_side_write_the_same(panel):
 
 def test_the_status_counts_bytes_and_tokens(panel, tokenizer):
     run(panel, "the ship", max_new_tokens=7)
-    cache, length = reader(panel).cache, transcript(panel).generation.text.length
+    cache, length = reader(panel).cache, transcript(panel).generation.buffer.length
     assert cache.max_length == 61 and cache.length == length
     held = cache.nbytes * cache.length // 61
     for words in (f"cache {held / 1024:.0f} of {cache.nbytes / 1024:.0f} kB", "tokens/s",
