@@ -167,7 +167,7 @@ class Writer:
         self.on_running()
         self.worker.submit("run", lambda: self._run(request))
 
-    def stop(self) -> None: self.stopping = True  # no lock: a signal handler calls this, too
+    def stop(self) -> None: self.stopping = True  # no lock: it may be held when a signal handler calls this
 
     def edit(self, name: str, change: Callable[[Transcripts], None]) -> None:
         """Call `change(texts)` after a run under way; it replaces a waiting edit of the same name."""
