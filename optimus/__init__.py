@@ -28,6 +28,7 @@ Modules:
 - `optimus.panel_style`: Colours that follow JupyterLab's, rows that wrap where the window is narrow, and one button that the browser must run.
 - `optimus.panel_view`: Every slider, button and page in its place; nothing happens yet.
 - `optimus.pretrained`: A saved model is two files, sizes and weights, and the weights are used only if their names and shapes fit the sizes.
+- `optimus.prompt_loop`: A line is a prompt, a line with a slash is a setting, and nothing that is typed can end the program by accident.
 - `optimus.ranks`: Everything that processes must do together goes through one object; with a single process it does nothing.
 - `optimus.rope`: Turn each query and key by an angle proportional to its position: their dot product then sees only the distance.
 - `optimus.run_inputs`: Choose the tokenizer, the documents and the first weights from the settings, and refuse what does not fit together.

@@ -1,7 +1,6 @@
 """The command line: parse, call, print. Everything it calls is exported from a notebook."""
 import contextlib
 import difflib
-import importlib
 import io
 import os
 import re
@@ -18,14 +17,14 @@ import tyro
 
 import optimus
 from optimus import ModelConfig, TrainingConfig
-from optimus.checkpoint import CheckpointError, json_text, latest_checkpoint, step_folders, step_of
+from optimus.checkpoint import CheckpointError, json_text, step_folders, step_of
 from optimus.config import PRESETS
-from optimus.data import cache_folder, shipped_models
 from optimus.devices import best_device, is_device_available, why_device
 from optimus.generation import check_settings
-from optimus.runs import find_run_folder, saved_settings
+from optimus.pretrained import saved_config, shipped_models, widened_on_cpu
+from optimus.prompt_loop import print_stream, prompt_loop
+from optimus.runs import find_checkpoint, find_run_folder, saved_settings
 from optimus.steps import is_out_of_memory
-from optimus.transformer import saved_config, widened_on_cpu
 
 CHECKPOINTS = TrainingConfig.checkpoint_dir
 NAMES = ("train", "generate", "export", "bench", "info")
@@ -166,7 +165,7 @@ def impossible_here(error: RuntimeError) -> str | None:
 def parse(argv: list[str]) -> Train | Generate | Export | Bench | Info:
     """The command that the words ask for; a bad flag or value ends the program with code 2 and a sentence."""
     if argv and argv[0] not in (*NAMES, "-h", "--help"):
-        refuse(f"no command {argv[0]}; there are {', '.join(NAMES)}; see optimus --help")
+        exit_with(f"no command {argv[0]}; there are {', '.join(NAMES)}; see optimus --help")
     commands = (Annotated[Train, tyro.conf.subcommand("train", default=train_defaults(argv))]
                 | Annotated[Generate, tyro.conf.subcommand("generate")]
                 | Annotated[Export, tyro.conf.subcommand("export")]
@@ -186,11 +185,12 @@ def parse(argv: list[str]) -> Train | Generate | Export | Bench | Info:
         text = re.sub(r"\.? For full helptext, (run|see):? ", "; see ", text)
         if text: print(f"optimus: {text}", file=sys.stderr)
         raise end
-    if unknown: refuse(unknown_words(command, unknown))
+    if unknown: exit_with(unknown_words(command, unknown))
     return command
 
 
-def refuse(text: str):
+def exit_with(text: str):
+    """Print a sentence and end the program with code 2."""
     print(f"optimus: {text}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -343,27 +343,6 @@ def say_above_the_bar(text: str):
     with contextlib.suppress(OSError): tqdm.write(text)  # a reader that has gone must not end a run
 
 
-def find_checkpoint(path_or_name: str | None) -> Path:
-    """The folder of a checkpoint, run, saved model or shipped model; by default the newest here."""
-    shipped = shipped_models()
-    if path_or_name is None:
-        folder = latest_checkpoint(CHECKPOINTS) if Path(CHECKPOINTS).is_dir() else None
-        if folder is None and not shipped:
-            raise ValueError(f"no checkpoint in ./{CHECKPOINTS}; `optimus train` makes one")
-        folder = folder or next(iter(shipped.values()))
-    elif path_or_name in shipped: folder = shipped[path_or_name]
-    else:
-        folder = Path(path_or_name)
-        if not folder.is_dir():
-            names = f" and not one of {', '.join(shipped)}" if shipped else ""
-            runs = [p for p in Path(CHECKPOINTS).glob("*") if step_folders(p)]
-            runs = [p.name for p in sorted(runs, key=lambda p: p.stat().st_mtime, reverse=True)[:5]]
-            there = f"; the newest runs in ./{CHECKPOINTS}: {', '.join(runs)}" if runs else ""
-            raise ValueError(f"no checkpoint {path_or_name!r}: not a folder{names}{there}")
-        if not (folder / "model.safetensors").is_file(): folder = latest_checkpoint(folder) or folder
-    return folder
-
-
 def open_checkpoint(path_or_name: str | None):
     """(model, tokenizer) of what `find_checkpoint` finds."""
     folder = find_checkpoint(path_or_name)
@@ -381,95 +360,9 @@ def generate(command: Generate) -> int:
     if command.compile != "off":
         from optimus.decoding import CompiledDecoder
         model = CompiledDecoder(model, getattr(torch, command.compile))
-    if command.prompt is None: return prompt_loop(model, tokenizer, settings)
+    if command.prompt is None: return prompt_loop(model, tokenizer, settings, impossible_here)
     print_stream(model, tokenizer, command.prompt, settings)
     return 0
-
-
-def print_stream(model, tokenizer, prompt: str, settings: dict):
-    """Print the prompt and the text after it, as it is drawn."""
-    pieces = optimus.stream(model, tokenizer, prompt, **settings)
-    first = next(pieces, "")  # a model without a distribution is refused before anything is printed
-    print(prompt + first, end="", flush=True)
-    for piece in pieces: print(piece, end="", flush=True)
-    print()
-
-
-COMMANDS = {"/temperature": ("temperature", float), "/top-p": ("top_p", float), "/top-k": ("top_k", int),
-            "/min-p": ("min_p", float), "/seed": ("seed", int), "/tokens": ("max_new_tokens", int)}
-HELP = """A line is the beginning of a text; the model writes on. An empty line lets it begin by itself.
-    /temperature 0.7   0 takes the likeliest token     /top-p 0.9, /top-k 40, /min-p 0.05   or off
-    /seed 3            the same text again; or off     /tokens 200   how many to write at most
-    /settings          show them                       /help   this page        /quit   or Ctrl-D: leave
-Ctrl-C stops a text that is being written. Arrow up brings earlier lines back."""
-
-
-def prompt_loop(model, tokenizer, settings: dict) -> int:
-    """Prompts one after the other; Ctrl-C ends a text and nothing more, /quit or Ctrl-D the program."""
-    if sys.stdin is None or sys.stdin.closed:
-        raise ValueError("there is no standard input to read prompts from; "
-                         "give a prompt: optimus generate \"The\"")
-    print(f"Type the beginning of a text. {', '.join(COMMANDS)} VALUE change a setting; /help; /quit ends.")
-    with line_history():
-        while (line := read_line()) is not None:
-            try:
-                if line.startswith("/"): settings = run_slash_command(line, settings)
-                else: print_stream(model, tokenizer, line, settings)
-            except ValueError as error: print(error)
-            except RuntimeError as error:
-                if not (cannot := impossible_here(error)): raise
-                print(cannot)
-            except KeyboardInterrupt: print()
-    return 0
-
-
-def read_line() -> str | None:
-    """The next line that was typed; None after /quit or Ctrl-D."""
-    while True:
-        try: line = input("> ")
-        except KeyboardInterrupt: print("\n(/quit or Ctrl-D ends)")
-        except EOFError:
-            print()
-            return None
-        else: return None if line.strip() == "/quit" else line
-
-
-def run_slash_command(line: str, settings: dict) -> dict:
-    """The settings after a line that begins with /, which are printed; a bad value is a ValueError."""
-    word, _, value = (part.strip() for part in line.partition(" "))
-    if word in COMMANDS: settings = change_setting(word, value, settings)
-    elif word not in ("/settings", "/help"):
-        raise ValueError(f"no command {word}; there are {', '.join(COMMANDS)}, /settings, /help and /quit")
-    print(HELP if word == "/help" else
-          "  ".join(f"{name}={'off' if value is None else value}" for name, value in settings.items()))
-    return settings
-
-
-def change_setting(word: str, value: str, settings: dict) -> dict:
-    """The settings with one of them changed, as in /top-p 0.9 or /top-p off."""
-    name, kind = COMMANDS[word]
-    can_be_off = name not in ("temperature", "max_new_tokens")
-    try: new = None if can_be_off and value in ("", "off") else kind(value)
-    except ValueError:
-        wanted = "a number or off" if can_be_off else "a number"
-        raise ValueError(f"{word} takes {wanted}, got {value!r}") from None
-    check_settings(**settings | {name: new})
-    return settings | {name: new}
-
-
-@contextlib.contextmanager
-def line_history():
-    """Arrow keys for input(), and the lines of last time; without readline or a cache folder, nothing."""
-    try: readline, path = importlib.import_module("readline"), cache_folder() / "history"
-    except (ImportError, ValueError): return (yield)
-    if not sys.stdin.isatty(): return (yield)
-    with contextlib.suppress(OSError): readline.read_history_file(path)
-    try: yield
-    finally:
-        readline.set_history_length(1000)
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            readline.write_history_file(path)
 
 
 def bench(command: Bench) -> int:

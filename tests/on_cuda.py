@@ -64,7 +64,7 @@ def relative(a, b) -> float:
 def gradients(model, tokens, targets, dtype=None) -> tuple:
     """The loss and the gradient of all parameters, as one row."""
     import torch
-    from optimus.training import autocast
+    from optimus.devices import autocast
     model.zero_grad(set_to_none=True)
     with autocast(dtype, tokens.device): loss = model.loss(tokens, targets)
     loss.backward()
@@ -75,8 +75,11 @@ def smoke(report: Report) -> None:
     """One step of everything that has only ever run on a CPU."""
     import torch
     from optimus import LanguageModel, TrainingConfig
-    from optimus.generation import CompiledDecoder, generate
-    from optimus.training import RunState, autocast, make_optimizer, train_step
+    from optimus.decoding import CompiledDecoder
+    from optimus.generation import generate
+    from optimus.devices import autocast
+    from optimus.optimizers import make_optimizer
+    from optimus.steps import TrainingState, train_step
     device = report.device
     report.add(torch=torch.__version__, device=str(device),
                gpu=torch.cuda.get_device_name() if device.type == "cuda" else None)
@@ -89,7 +92,7 @@ def smoke(report: Report) -> None:
             for optimizer in ("adamw", "muon"):
                 training = TrainingConfig(batch_size=4, max_length=64, optimizer=optimizer)
                 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-                run = RunState(model, make_optimizer(model, training), scaler, 2)
+                run = TrainingState(model, make_optimizer(model, training), scaler, 2)
                 rows = [train_step(run, tokens, tokens.roll(-1, 1), training, 1e-3, autocast(dtype, device))
                         for _ in range(3)]
                 report.add(**{f"{dtype}, checkpointing {checkpointing}, {optimizer}":
@@ -175,7 +178,9 @@ def memory(report: Report) -> None:
     """A real out-of-memory error: the micro-batch is halved until it fits, and the step is the same step."""
     import torch
     from optimus import LanguageModel, TrainingConfig
-    from optimus.training import RunState, accumulate_gradients, autocast, make_optimizer, train_step
+    from optimus.devices import autocast
+    from optimus.optimizers import make_optimizer
+    from optimus.steps import TrainingState, accumulate_gradients, train_step
     if report.device.type != "cuda": return report.add(skipped="needs CUDA's allocator")
     config = base_config(report, dropout=0.0, checkpointing=False)
     torch.manual_seed(0)
@@ -188,7 +193,7 @@ def memory(report: Report) -> None:
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(7e9 / total)
     training = TrainingConfig(batch_size=64, max_length=512)
-    run = RunState(model, make_optimizer(model, training), torch.amp.GradScaler(enabled=False), 64)
+    run = TrainingState(model, make_optimizer(model, training), torch.amp.GradScaler(enabled=False), 64)
     row = train_step(run, tokens, tokens.roll(-1, 1), training, 1e-4, context)
     report.add(micro_batch_size=run.micro_batch_size, loss=row["loss"], loss_in_parts_of_two=loss,
                peak=torch.cuda.max_memory_allocated())
@@ -229,7 +234,8 @@ def decode(report: Report) -> None:
     """Tokens per second of the compiled step at three contexts, and of `generate` with sampling around it."""
     import torch
     from optimus import LanguageModel
-    from optimus.generation import CompiledDecoder, generate
+    from optimus.decoding import CompiledDecoder
+    from optimus.generation import generate
     config = base_config(report, dropout=0.0, checkpointing=False)
     model = LanguageModel(config).to(report.device).eval()
     if report.device.type == "cuda": model = model.to(torch.bfloat16)
