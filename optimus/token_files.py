@@ -200,7 +200,7 @@ def write_tokens(folder: Path, texts: Sequence[str], held: np.ndarray, tokenizer
                  advance: Callable[[int], None], save_every: int) -> _Progress:
     """Write the ids of `texts`, end-of-text after each, to `train.bin` or, where `held`, `validation.bin`.
 
-    Continues an earlier attempt in `folder`. `advance` is called with the number of bytes just written.
+    Continues an earlier attempt in `folder`. `advance` is called with the bytes of text just encoded.
     """
     progress = _load_progress(folder, np.dtype(dtype).itemsize)
     advance(progress.bytes)
@@ -273,7 +273,8 @@ def prepare(corpus, tokenizer: Tokenizer, train_fraction: float = 0.9,
     """Tokenize `corpus["text"]` once into the cache folder; the next call only reads what is there.
 
     The folder is found by a hash of the texts, so an edited corpus is tokenized anew. One that was stopped or
-    killed continues, and repeats at most `save_every` bytes of text. `say` receives a sentence on the speed.
+    killed continues, and repeats at most `save_every` bytes of text. `say` receives a sentence on the speed,
+    `progress` shows a bar.
     Raises ValueError for a fraction outside (0, 1) and for a corpus without documents.
     """
     from filelock import FileLock

@@ -123,7 +123,7 @@ _LONG_RUN = re.compile(r"(?<!\S)\S{257,}|(?<!\s)\s{257,}")
 _ONE_KIND = re.compile(r"[^\W\d_]{1,256}|\d{1,256}|(?:[^\w\s]|_){1,256}|\s{1,256}")
 
 def _training_parts(texts: Iterable[str]) -> Iterator[str]:
-    """Yield `texts` in parts; a run of more than 256 characters of one kind is cut every 256.
+    """Yield `texts` in parts; runs over 256 characters are cut every 256 and where their kind changes.
 
     The library's training time grows with the square of the length of a word.
     """
