@@ -20,14 +20,14 @@ Modules:
 - `optimus.measure`: Predict what a training run costs, run it, and say what share of the machine it really used.
 - `optimus.mla`: Cache one small vector per token instead of every head's key and value.
 - `optimus.model_card`: The page beside a published model says what was written down about it, and nothing else.
-- `optimus.next_token`: Show what a model thinks of the next token, and what each setting makes of it, as numbers and as HTML.
+- `optimus.next_token`: A model's probabilities of the next token, before and after every setting, as numbers and as HTML.
 - `optimus.norm`: Set every token vector to unit root-mean-square, then learn its scale back.
 - `optimus.optimizers`: Scale each weight's step by the history of its gradients, or straighten the whole matrix at once.
 - `optimus.panel`: Put a hand on every setting of a model, and see at once what each does to the next token and to the text.
 - `optimus.panel_lifetime`: A cell is run again, a kernel is interrupted, Python ends: each time a run must stop and its panel be freed.
 - `optimus.panel_style`: Colours that follow JupyterLab's, rows that wrap where the window is narrow, and one button that the browser must run.
 - `optimus.panel_view`: Every slider, button and page in its place; nothing happens yet.
-- `optimus.pretrained`: A model is two files, and opening one means asking whether its names and shapes are those that its sizes call for.
+- `optimus.pretrained`: A saved model is two files, sizes and weights, and the weights are used only if their names and shapes fit the sizes.
 - `optimus.prompt_loop`: A line is a prompt, a line with a slash is a setting, and nothing that is typed can end the program by accident.
 - `optimus.ranks`: Everything that processes must do together goes through one object; with a single process it does nothing.
 - `optimus.rope`: Turn each query and key by an angle proportional to its position: their dot product then sees only the distance.

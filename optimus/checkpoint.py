@@ -109,7 +109,7 @@ def write_manifest(folder: Path, known: dict[str, dict] | None = None) -> None:
 
 # %% ../notebooks/11_checkpoints.ipynb #2fb701eb
 def publish(half: Path, final: Path) -> None:
-    """Rename a finished folder to its final name; what has that name is moved aside before, deleted after."""
+    """Rename a finished folder to its final name; an older one of that name is moved aside, then deleted."""
     old = final.with_name(f".old-{final.name}")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists(): os.replace(final, old)
@@ -128,7 +128,7 @@ def _save_train_state(state: dict[str, Any], path: Path) -> None:
     """Write `state` and check that it can be read; TypeError if not all of it is tensors and plain types."""
     only = "train_state may hold tensors and plain Python types only"
     try:
-        with open(path, "wb") as file: torch.save(state, file)  # given a path, it hides why a disk refuses
+        with open(path, "wb") as file: torch.save(state, file)  # with a path it hides why it fails
     except (pickle.PicklingError, AttributeError) as error:
         raise _StateTypeError(f"{only}: {error}") from error
     try: torch.load(path, weights_only=True, mmap=True, map_location="cpu")
@@ -168,8 +168,8 @@ def save_checkpoint(run_folder: str | Path, model: LanguageModel, step: int, *,
 
     `trainer_state` is plain JSON (tokens, best loss, seed ...), `train_state` holds tensors and plain types
     (optimizer, scaler, random state). Pruning keeps the last `keep_last` (None: all) and `best_step`.
-    Raises CheckpointError for weights that are not finite, a state of other types, or a disk that refuses;
-    then older checkpoints stay and nothing new is left behind.
+    Raises CheckpointError for weights that are not finite, a state of other types, or a failed write; then
+    older checkpoints stay and nothing new is left behind.
     """
     _check_keep_last(keep_last)
     if not isinstance(step, int) or step < 0:
@@ -216,7 +216,7 @@ def remove_leftovers(run_folder: str | Path) -> list[str]:
     """Delete what an interrupted save or prune left behind (hidden folders); return their names.
 
     A kill between the two renames of `publish` leaves a step under two hidden names and not under its own.
-    Then the newer copy that is sound is renamed back.
+    Then the newer undamaged copy is renamed back.
     """
     run = Path(run_folder)
     leftovers = sorted(p.name for p in run.glob(".*-step-*") if re.match(r"\.(half|old)-step-\d+$", p.name))
@@ -239,16 +239,16 @@ def prune(run_folder: str | Path, keep_last: int, *keep_steps: int | None) -> No
     _check_keep_last(keep_last)
     for path in step_folders(run_folder)[:-keep_last]:
         if step_of(path) in keep_steps: continue
-        doomed = path.with_name(f".old-{path.name}")
+        hidden = path.with_name(f".old-{path.name}")
         try:
-            os.replace(path, doomed)  # out of sight at once: a half-deleted folder is never a checkpoint
-            shutil.rmtree(doomed)
+            os.replace(path, hidden)  # out of sight at once: a half-deleted folder is never a checkpoint
+            shutil.rmtree(hidden)
         except OSError as error:
             warnings.warn(f"could not delete the old checkpoint {path}: {error}", stacklevel=2)
 
 # %% ../notebooks/11_checkpoints.ipynb #309a98fd
 def find_damage(folder: str | Path) -> str | None:
-    """What is damaged in a checkpoint folder, as a sentence naming the file; None if every file is sound."""
+    """The first damage of a checkpoint folder, as a sentence that names the file; None if there is none."""
     folder = Path(folder)
     try: manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except FileNotFoundError: return "manifest.json is missing"
@@ -257,14 +257,14 @@ def find_damage(folder: str | Path) -> str | None:
         return "manifest.json does not list model.safetensors and config.json"
     for name in ("tokenizer.json", "trainer_state.json", "train_state.pt"):
         if name not in manifest and (folder / name).exists(): return f"manifest.json does not list {name}"
-    for name, facts in manifest.items():
+    for name, entry in manifest.items():
         path = folder / name
         if Path(name).name != name or path.is_symlink():
             return f"manifest.json names {name!r}, which is not a plain file here"
-        if not isinstance(facts, dict) or not path.is_file(): return f"{name} is missing"
+        if not isinstance(entry, dict) or not path.is_file(): return f"{name} is missing"
         size = path.stat().st_size
-        if size != facts.get("bytes"): return f"{name} has {size} bytes, not {facts.get('bytes')}"
-        if sha256_of(path) != facts.get("sha256"): return f"{name} is damaged (its sha256 differs)"
+        if size != entry.get("bytes"): return f"{name} has {size} bytes, not {entry.get('bytes')}"
+        if sha256_of(path) != entry.get("sha256"): return f"{name} is damaged (its sha256 differs)"
     return None
 
 # %% ../notebooks/11_checkpoints.ipynb #1a77b12f
@@ -287,25 +287,25 @@ def load_checkpoint(folder: str | Path, verified: bool = False) -> Checkpoint:
     """
     folder = Path(folder)
     if not folder.is_dir(): raise CheckpointError(f"no checkpoint at {folder}")
-    if not verified and (trouble := find_damage(folder)):
-        raise CheckpointError(f"the checkpoint {folder} cannot be trusted: {trouble}")
-    facts, tensors = folder / "trainer_state.json", folder / "train_state.pt"
-    state = json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}
+    if not verified and (damage := find_damage(folder)):
+        raise CheckpointError(f"the checkpoint {folder} cannot be trusted: {damage}")
+    trainer_file, train_file = folder / "trainer_state.json", folder / "train_state.pt"
+    state = json.loads(trainer_file.read_text(encoding="utf-8")) if trainer_file.is_file() else {}
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     train_state = None
-    if tensors.is_file():
-        try: train_state = torch.load(tensors, map_location="cpu", weights_only=True)
+    if train_file.is_file():
+        try: train_state = torch.load(train_file, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise CheckpointError(f"{tensors} holds more than tensors and plain types: refused") from error
+            raise CheckpointError(f"{train_file} holds more than tensors and plain types: refused") from error
     model = LanguageModel.from_pretrained(folder)
     return Checkpoint(folder, state.get("step", 0), model, tokenizer, state, train_state)
 
 # %% ../notebooks/11_checkpoints.ipynb #e518afe5
 def latest_checkpoint(folder: str | Path) -> Path | None:
-    """The newest sound checkpoint of a run, or of all runs below `folder`; None if there is none at all.
+    """The newest undamaged checkpoint of a run, or of all runs below `folder`; None if there is none at all.
 
-    A damaged one is skipped with a warning that names the file. If all are damaged it is a CheckpointError:
-    starting again from step 0 without a word would lose the run.
+    A damaged one is skipped with a warning that names the file. Raises CheckpointError if all are damaged,
+    because a silent restart from step 0 would lose the run.
     """
     runs = [folder, *sorted(p for p in Path(folder).glob("*") if p.is_dir())]
     found = [p for run in runs for p in step_folders(run)]
@@ -313,7 +313,7 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     within_one_run = len({p.parent for p in found}) == 1
     if not within_one_run: found.sort(key=lambda p: (p.stat().st_mtime_ns, step_of(p)))
     for path in reversed(found):
-        if (trouble := find_damage(path)) is None: return path
-        warnings.warn(f"passing over the checkpoint {path}: {trouble}", stacklevel=2)
+        if (damage := find_damage(path)) is None: return path
+        warnings.warn(f"passing over the checkpoint {path}: {damage}", stacklevel=2)
     if not found: return None
     raise CheckpointError(f"all {len(found)} checkpoints in {folder} are damaged; the newest is {found[-1]}")

@@ -49,7 +49,7 @@ def sotu_texts() -> list[str]:
 
 # %% ../notebooks/09c_corpora.ipynb #95a8675d
 def groups(items: Iterable, most: int, length: Callable = len) -> Iterator[list]:
-    """`items`, which are texts or have a `length`, in lists of about `most` characters each."""
+    """`items` in lists, each ended by the item with which its total `length` reaches `most`."""
     group, size = [], 0
     for item in items:
         group.append(item)
@@ -61,7 +61,7 @@ def groups(items: Iterable, most: int, length: Callable = len) -> Iterator[list]
 
 # %% ../notebooks/09c_corpora.ipynb #aff0a37f
 def _write_arrow(path: Path, texts: Iterable[str], most: int = 2**22) -> None:
-    """Write `texts` as the column `text` of an Arrow stream, about `most` characters at a time."""
+    """Write `texts` as the column `text` of an Arrow file, in batches of about `most` characters."""
     import pyarrow
     schema = pyarrow.schema([("text", pyarrow.large_string())])
     with atomic_file(path) as file, pyarrow.ipc.new_stream(file, schema) as table:
@@ -69,7 +69,7 @@ def _write_arrow(path: Path, texts: Iterable[str], most: int = 2**22) -> None:
             table.write_batch(pyarrow.record_batch([pyarrow.array(group, schema.field(0).type)], schema))
 
 def _is_complete(path: Path) -> bool:
-    """Whether an Arrow stream is there and ends as one does."""
+    """True if an Arrow file exists and ends with the end-of-stream marker, which is written last."""
     if not path.is_file() or path.stat().st_size < 8: return False
     with open(path, "rb") as file:
         file.seek(-8, os.SEEK_END)
@@ -77,7 +77,7 @@ def _is_complete(path: Path) -> bool:
 
 # %% ../notebooks/09c_corpora.ipynb #35ffec29
 def _content_key(files: list[Path]) -> str:
-    """A sha256 of the bytes of `files` and of how they are read; names and places do not count."""
+    """A sha256 of the bytes of `files` and their formats; their names and folders do not matter."""
     digest = hashlib.sha256(b"1")  # increase when the readers change
     for path in files:
         digest.update(reader_of(path).__name__.encode() + path.suffix.lower().encode())
@@ -85,14 +85,17 @@ def _content_key(files: list[Path]) -> str:
     return digest.hexdigest()[:32]
 
 def _remove_unused(folder: Path, days: int = 30) -> None:
-    """Delete the files of `folder` that have not been asked for in so many days."""
+    """Delete the files of `folder` that have not been used for so many days."""
     for path in folder.iterdir():
         with contextlib.suppress(OSError):  # another process was faster
             if path.stat().st_mtime < time.time() - days * 86400: path.unlink()
 
 # %% ../notebooks/09c_corpora.ipynb #6c54e762
 def local_corpus(path: Path):
-    """The documents of `path` as a Dataset on disk: a copy in the cache, found by content."""
+    """The documents of `path` as a Dataset, memory-mapped from a copy in the cache.
+
+    The copy is found by the content of the files. Raises ValueError if they change while they are copied.
+    """
     import datasets
     from filelock import FileLock
     files = corpus_files(path)
@@ -112,12 +115,12 @@ def local_corpus(path: Path):
 
 # %% ../notebooks/09c_corpora.ipynb #533fdf82
 def rows_of(texts: Iterable[str], start: int = 0, step: int = 100, most: int = 2**25) -> Iterator[str]:
-    """`texts` from row `start` on, read a few rows at a time.
+    """Yield `texts` from row `start` on, read `step` rows at a time.
 
-    The column of a Dataset is read by a memory map of its own, which is opened again after every `most`
-    characters, because pages once read count as memory in use.
+    If they are a column of a Dataset, its files are mapped again after every `most` characters, because
+    pages of a memory map count as memory in use once they have been read.
     """
-    dataset = getattr(texts, "source", None)  # of a column of a Dataset
+    dataset = getattr(texts, "source", None)  # a column of a Dataset has it
     if dataset is None:
         if not hasattr(texts, "__len__"): return (yield from itertools.islice(texts, start, None))
         for i in range(start, len(texts), step): yield from texts[i:i + step]
@@ -125,15 +128,15 @@ def rows_of(texts: Iterable[str], start: int = 0, step: int = 100, most: int = 2
     read = most
     for i in range(start, len(dataset), step):
         if read >= most:
-            table, read = _opened_again(dataset).select_columns(texts.column_name).with_format("arrow"), 0
+            table, read = _remapped(dataset).select_columns(texts.column_name).with_format("arrow"), 0
         for value in table[i:i + step][texts.column_name]:
-            text, value = value.as_py(), None  # a value keeps the whole map open
+            text, value = value.as_py(), None  # a value would keep the old map open
             read += len(text or "")
             yield text
 
 # %% ../notebooks/09c_corpora.ipynb #7d6f369d
-def _opened_again(dataset):
-    """`dataset` by new memory maps, if it is all that its Arrow files hold; otherwise as it is."""
+def _remapped(dataset):
+    """`dataset` with new memory maps; unchanged if it is in memory or a selection from its files."""
     import datasets
     if dataset._indices is not None or not dataset.cache_files: return dataset
     files = [datasets.Dataset.from_file(file["filename"]) for file in dataset.cache_files]
@@ -142,7 +145,7 @@ def _opened_again(dataset):
 
 # %% ../notebooks/09c_corpora.ipynb #552bb600
 def _answer_within(seconds: float, ask: Callable):
-    """What `ask` returns or raises, as a value; a TimeoutError if that takes longer than `seconds`."""
+    """The result of `ask()`, or the error it raises, as a value; a TimeoutError after `seconds`."""
     answers = []
     def work():
         try: answers.append(ask())
@@ -153,7 +156,7 @@ def _answer_within(seconds: float, ask: Callable):
     return answers[0] if answers else TimeoutError(f"no answer in {seconds:g} s")
 
 def _ask_hub(name: str, kind: str, seconds: float) -> str | None:
-    """The revision. A gated repository tells its revision to everybody, so access is asked for too."""
+    """The newest revision, a commit hash; a gated repository shows it to all, so access is checked too."""
     import huggingface_hub as hub
     api = hub.HfApi()
     info = (api.dataset_info if kind == "dataset" else api.model_info)(name, timeout=seconds)
@@ -162,7 +165,7 @@ def _ask_hub(name: str, kind: str, seconds: float) -> str | None:
 
 # %% ../notebooks/09c_corpora.ipynb #15cf42e8
 def _is_network_error(error: Exception) -> bool:
-    """Whether an error, or one that caused it, comes from the network or from a library that speaks to it."""
+    """True if an error, or one that caused it, comes from the network or from a library that uses it."""
     while error:
         root, name = type(error).__module__.split(".")[0], type(error).__name__
         if isinstance(error, (OSError, EOFError)) or name == "DatasetGenerationError": return True
@@ -172,10 +175,10 @@ def _is_network_error(error: Exception) -> bool:
 
 # %% ../notebooks/09c_corpora.ipynb #4b737020
 def check_hub(name: str, kind: str = "dataset", seconds: float = 3.0) -> str | None:
-    """The newest revision of a "dataset" or "model" on the Hugging Face hub; waits no longer than `seconds`.
+    """The newest revision of a "dataset" or "model" on the Hugging Face hub, within about `seconds`.
 
-    Raises ValueError if there is none of that name or it is not open to everybody, and ConnectionError if the
-    hub does not answer.
+    Raises ValueError if there is none of that name or access is restricted, and ConnectionError if the hub
+    does not answer in time.
     """
     import huggingface_hub as hub
     from huggingface_hub import errors
@@ -194,7 +197,7 @@ def check_hub(name: str, kind: str = "dataset", seconds: float = 3.0) -> str | N
 
 # %% ../notebooks/09c_corpora.ipynb #5d9eb5a3
 def require_hub(name: str) -> str | None:
-    """`check_hub` for a data set; if the hub does not answer, the error says what works without it."""
+    """`check_hub` for a data set; its ConnectionError also says what works without the hub."""
     try: return check_hub(name)
     except ConnectionError as error:
         raise ConnectionError(f"{error}; use --corpus sotu (built in), or the path of a .txt, .jsonl or "
@@ -203,10 +206,10 @@ def require_hub(name: str) -> str | None:
 # %% ../notebooks/09c_corpora.ipynb #322e1b6c
 def _hub_rows(name: str, config: str | None, revision: str | None, done: int,
               size: int | None) -> Iterator[str]:
-    """The texts of documents `done` to `size` of a data set on the hub, as they arrive."""
+    """Yield the texts of documents `done` to `size` of a data set on the hub, as they arrive."""
     import datasets
-    edition = {"revision": revision} if revision else {}
-    stream = datasets.load_dataset(name, config, split="train", streaming=True, **edition)
+    options = {"revision": revision} if revision else {}
+    stream = datasets.load_dataset(name, config, split="train", streaming=True, **options)
     if "text" not in (stream.column_names or ["text"]):
         raise ValueError(f"{name} has no column 'text'; it has {stream.column_names}")
     if done: stream = stream.skip(done)
@@ -218,14 +221,14 @@ def _hub_rows(name: str, config: str | None, revision: str | None, done: int,
         yield text or ""
 
 # %% ../notebooks/09c_corpora.ipynb #aa01d36f
-def _until_lost(rows: Iterable[str], lost: list) -> Iterator[str]:
-    """`rows` up to an error or Ctrl-C, which is appended to `lost`, so that what came before can be kept."""
+def _until_error(rows: Iterable[str], errors: list) -> Iterator[str]:
+    """Yield `rows` up to an error or Ctrl-C, which is appended to `errors`: what came before is kept."""
     try: yield from rows
     except GeneratorExit: raise
-    except BaseException as error: lost.append(error)
+    except BaseException as error: errors.append(error)
 
 def _lost_connection(error: BaseException, name: str, done: int) -> BaseException:
-    """A ConnectionError of one sentence for an error of the network; another error as it is."""
+    """A ConnectionError with one sentence if `error` comes from the network; any other error unchanged."""
     if not isinstance(error, Exception) or not _is_network_error(error): return error
     cause = error
     while cause.__cause__ or cause.__context__: cause = cause.__cause__ or cause.__context__
@@ -237,28 +240,28 @@ def _lost_connection(error: BaseException, name: str, done: int) -> BaseExceptio
 def _parts_in(folder: Path) -> list[Path]: return sorted(folder.glob("part-*.arrow"))
 
 def _open_parts(folder: Path):
-    """The Dataset in a folder of Arrow files, or in one that an earlier version saved."""
+    """The Dataset in a folder of `part-*.arrow` files, or in one that an earlier version saved."""
     import datasets
     if (folder / "state.json").is_file(): return datasets.load_from_disk(str(folder))
     return datasets.concatenate_datasets([datasets.Dataset.from_file(str(p)) for p in _parts_in(folder)])
 
 # %% ../notebooks/09c_corpora.ipynb #cbe9a000
 def _fetch(name: str, config: str | None, size: int | None, kept: Path) -> None:
-    """Stream a data set from the hub into the folder `kept`; a later call goes on in `kept`.half."""
+    """Download a data set from the hub to `kept`.half, then rename it; a later call continues .half."""
     from tqdm.auto import tqdm
     half, newest = kept.with_name(f"{kept.name}.half"), require_hub(name)
     half.mkdir(exist_ok=True)
-    pinned = half / "revision"  # all parts come from one edition
+    pinned = half / "revision"  # all parts come from one revision
     if newest and not pinned.is_file(): write_atomically(pinned, newest)
     done = len(_open_parts(half)) if _parts_in(half) else 0
-    rows, lost = _hub_rows(name, config, pinned.read_text() if newest else None, done, size), []
+    rows, errors = _hub_rows(name, config, pinned.read_text() if newest else None, done, size), []
     bar = tqdm(total=size, initial=done, desc=name, unit=" documents", disable=None, leave=False)
     with bar, contextlib.closing(rows):
-        for group in groups(_until_lost(rows, lost), 2**24):
+        for group in groups(_until_error(rows, errors), 2**24):
             _write_arrow(half / f"part-{done:012}.arrow", group)
             done += len(group)
             bar.update(len(group))
-    if lost: raise _lost_connection(lost[0], name, done)
+    if errors: raise _lost_connection(errors[0], name, done)
     if not done: raise ValueError(f"the dataset {name} holds no document")
     os.replace(half, kept)
 
@@ -266,14 +269,14 @@ def _fetch(name: str, config: str | None, size: int | None, kept: Path) -> None:
 WIKIPEDIA, WIKIPEDIA_CONFIG = "wikimedia/wikipedia", "20231101.en"
 
 def hub_corpus(name: str, size: int | None = None, config: str | None = None):
-    """The `text` column of a hub data set's first `size` documents, streamed once, then kept in the cache.
+    """The first `size` documents of a hub data set as a Dataset, downloaded once into the cache.
 
-    What came before a connection was lost is kept, and the next call goes on there.
+    Documents that arrived before an interruption are kept, and the next call continues after them.
     """
     from filelock import FileLock
     if name == WIKIPEDIA and config is None: config = WIKIPEDIA_CONFIG
-    words = [name.replace("/", "--"), config or "default", str(size or "all")]
-    kept = cache_folder() / "corpora" / "-".join(words)
+    parts = [name.replace("/", "--"), config or "default", str(size or "all")]
+    kept = cache_folder() / "corpora" / "-".join(parts)
     if not kept.is_dir():
         kept.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{kept}.lock"):

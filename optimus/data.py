@@ -36,7 +36,7 @@ from .tokenizer import save_tokenizer as save_tokenizer, train_tokenizer as trai
 
 # %% ../notebooks/09_data.ipynb #c69266ee
 def _check_split(corpus: PreparedCorpus, split: str, max_length: int) -> int:
-    """The number of tokens in a split. Raises ValueError if it has none of that name, or too few."""
+    """The number of tokens in a split. Raises ValueError for an unknown split, or one with too few tokens."""
     sizes = {"train": corpus.train_tokens, "validation": corpus.validation_tokens}
     if split not in sizes: raise ValueError(f"split is {split!r}; it must be 'train' or 'validation'")
     if max_length < 1: raise ValueError(f"max_length is {max_length}; it must be at least 1")
@@ -47,41 +47,41 @@ def _check_split(corpus: PreparedCorpus, split: str, max_length: int) -> int:
 
 # %% ../notebooks/09_data.ipynb #092aed7e
 class Sequences(torch.utils.data.Dataset):
-    """Windows of `max_length` tokens and the same moved on by one, cut from the ids `corpus.tokens(split)`.
+    """(tokens, targets) of `max_length` tokens each, cut from the ids of a split; targets are one on.
 
     Sequence i >= 0 is a pure function of (seed, i): epoch i // len(self) has its own order and offset.
-    With `seed=None` the windows come in the order of the text, every epoch alike (for validation).
+    With `seed=None` the windows come in the order of the text, the same in every epoch (for validation).
     Several threads may read at once.
     """
     def __init__(self, corpus: PreparedCorpus, split: str, max_length: int, seed: int | None = None):
         N = _check_split(corpus, split, max_length)
         self.corpus, self.split, self.max_length, self.seed = corpus, split, max_length, seed
         windows = (N - 1) // max_length
-        self.length = windows if seed is None else max(1, windows - 1)  # one is spent on the offset
-        self.slack = min(max_length - 1, N - 1 - self.length * max_length)
+        self.length = windows if seed is None else max(1, windows - 1)  # room for the offset
+        self.max_offset = min(max_length - 1, N - 1 - self.length * max_length)
         self._orders: dict[int, tuple[np.ndarray, int]] = {}
 
     def __len__(self) -> int: return self.length
 
     def order(self, epoch: int) -> tuple[np.ndarray, int]:
-        """The permutation of the windows of an epoch, and the token at which the first of them begins."""
-        kept = self._orders
+        """(permutation of the windows, offset in tokens at which the first window begins) of an epoch."""
+        kept = self._orders  # replaced, never changed, because several threads read it
         if epoch not in kept:
             rng = np.random.default_rng([self.seed, epoch])
-            drawn = rng.permutation(self.length), int(rng.integers(self.slack + 1))
+            drawn = rng.permutation(self.length), int(rng.integers(self.max_offset + 1))
             kept = self._orders = {e: kept[e] for e in kept if abs(e - epoch) == 1} | {epoch: drawn}
         return kept[epoch]
 
     def start(self, i: int) -> int:
-        """The place in the row of ids at which sequence i begins."""
+        """The index in `corpus.tokens(split)` at which sequence i begins."""
         epoch, place = divmod(i, self.length)
         if self.seed is None: return place * self.max_length
         order, offset = self.order(epoch)
         return offset + int(order[place]) * self.max_length
 
     def read(self, indices: Iterable[int]) -> tuple[Tensor, Tensor]:
-        """(tokens, targets) of some sequences, each (len(indices), T) int64."""
-        row, size = np.asarray(self.corpus.tokens(self.split)), self.max_length + 1  # a new map each time
+        """(tokens, targets) of the sequences `indices`, each (len(indices), T) int64."""
+        row, size = np.asarray(self.corpus.tokens(self.split)), self.max_length + 1  # mapped anew
         windows = np.stack([row[s:s + size] for s in map(self.start, indices)]).astype(np.int64)
         return torch.from_numpy(windows[:, :-1].copy()), torch.from_numpy(windows[:, 1:].copy())
 
@@ -95,8 +95,8 @@ def batches(sequences: Sequences, batch_size: int, steps: range, *, num_workers:
             world_size: int = 1, pin_memory: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
     """(tokens, targets), each (batch_size / world_size, T) int64, for every step in `steps`.
 
-    Step s holds sequences s*batch_size to (s+1)*batch_size - 1, whatever the number of workers; `rank` takes
-    its share of them. `num_workers` threads read ahead, two batches each. No random state is touched.
+    Step s holds sequences s*batch_size to (s+1)*batch_size - 1, whatever the number of workers; a rank gets
+    batch_size / world_size of them. `num_workers` threads prefetch two batches each. Uses no random state.
     """
     if batch_size % world_size:
         raise ValueError(f"batch_size is {batch_size}; it must be a multiple of {world_size} ranks")
@@ -110,8 +110,8 @@ def batches(sequences: Sequences, batch_size: int, steps: range, *, num_workers:
 
 # %% ../notebooks/09_data.ipynb #4e7e2796
 def _read_ahead(read: Callable, steps: Iterable[int], workers: int, pin: bool) -> Iterator:
-    """read(step) of every step in order, by threads that are at most two batches each ahead."""
-    device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if pin else (None, ())  # a thread's own
+    """Yield read(step) for every step in order; `workers` threads prefetch at most two batches each."""
+    device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if pin else (None, ())  # per thread
     with ThreadPoolExecutor(workers, "optimus-batches", *device) as pool:
         waiting = deque()
         try:
@@ -119,5 +119,5 @@ def _read_ahead(read: Callable, steps: Iterable[int], workers: int, pin: bool) -
                 waiting.append(pool.submit(read, step))
                 if len(waiting) > 2 * workers: yield waiting.popleft().result()
             while waiting: yield waiting.popleft().result()
-        finally:  # also when the reader stops early
+        finally:  # also when the consumer stops early
             for future in waiting: future.cancel()

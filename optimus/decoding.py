@@ -28,13 +28,12 @@ from .cache import Cache
 from .transformer import LanguageModel, cache_for
 
 # %% ../notebooks/10b_fast_decoding.ipynb #93da6735
-onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # as torch.compile calls it
+onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # the product that torch.compile uses
 
 class RowLinear(nn.Module):
     """A linear layer without bias, x @ weight.T: (..., C) -> (..., R), with a fast path for one row.
 
-    weight: (R, C), in the dtype of x or a narrower one. On a CPU a single float32 row is multiplied by
-    oneDNN.
+    weight: (R, C), in the dtype of x or a narrower one. The fast path (oneDNN) is for a float32 row on a CPU.
     """
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -42,7 +41,7 @@ class RowLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and x.numel() == x.shape[-1]:
-            if torch.compiler.is_compiling():  # becomes one loop, which widens each weight on the way
+            if torch.compiler.is_compiling():  # one loop, which converts each weight as it is read
                 return (self.weight * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
             if onednn_linear and self.weight.dtype == x.dtype == torch.float32:
                 return onednn_linear(x, self.weight, None, "none", [], "")
@@ -50,7 +49,7 @@ class RowLinear(nn.Module):
 
 # %% ../notebooks/10b_fast_decoding.ipynb #f9db8a16
 class WideEmbedding(nn.Module):
-    """An embedding that returns rows as `dtype`, whatever `weight` is kept in: ids (...) -> (..., C)."""
+    """An embedding whose output is converted to `dtype`, wider than its weight: ids (...) -> (..., C)."""
     def __init__(self, weight: Tensor, dtype: torch.dtype):
         super().__init__()
         self.weight, self.dtype = weight, dtype
@@ -60,15 +59,14 @@ class WideEmbedding(nn.Module):
 # %% ../notebooks/10b_fast_decoding.ipynb #db918f8a
 def inference_copy(model: LanguageModel, weights: torch.dtype, dtype: torch.dtype,
                    min_weights: int = 1) -> LanguageModel:
-    """A copy of `model` for inference: matrices kept in the dtype `weights`, everything computed in `dtype`.
+    """A copy of `model` for inference, in eval mode, with matrices of dtype `weights`, computing in `dtype`.
 
-    It is in eval mode, and parameters that need no conversion are shared with `model`. Bias-free `nn.Linear`
-    layers of at least `min_weights` weights become `RowLinear`; layers of other classes are copied as they
-    are.
+    Parameters that need no conversion are shared with `model`. `nn.Linear` layers without bias and with at
+    least `min_weights` weights become `RowLinear`, embeddings `WideEmbedding`.
     """
     converted = {id(p): nn.Parameter(p.detach().to(weights if p.ndim > 1 else dtype), requires_grad=False)
                  for p in model.parameters()}
-    copied = copy.deepcopy(model, converted).eval()  # deepcopy takes what it finds in `converted`
+    copied = copy.deepcopy(model, converted).eval()  # `converted` is deepcopy's memo: these are not copied
     for module in list(copied.modules()):
         for name, layer in module.named_children():
             if type(layer) is nn.Linear and layer.bias is None and layer.weight.numel() >= min_weights:
@@ -80,7 +78,7 @@ def inference_copy(model: LanguageModel, weights: torch.dtype, dtype: torch.dtyp
 def fastest_copy(model: nn.Module) -> nn.Module:
     """A copy of `model` that decodes faster on a CPU and shares its weights, or `model` itself.
 
-    The copy is made of a float32 `LanguageModel` on a CPU whose PyTorch has MKL and oneDNN.
+    Only a float32 `LanguageModel` on a CPU is copied, if PyTorch has MKL and oneDNN and the model no hooks.
     """
     if type(model) is not LanguageModel: return model
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()): return model
@@ -91,10 +89,10 @@ def fastest_copy(model: nn.Module) -> nn.Module:
 
 # %% ../notebooks/10b_fast_decoding.ipynb #5aeeadc6
 class FixedView:
-    """One layer of a cache for a compiled step: writes at `pos`, a tensor, and returns the first S slots.
+    """One layer's cache with fixed shapes: `update` writes at position `pos` and returns the first S slots.
 
-    stores: the layer's tensors, (B, max_length, ...) each. Slots after `pos` are hidden by the attention's
-    mask.
+    stores: the layer's tensors, (B, max_length, ...) each. `pos` is a tensor, because a compiled step would
+    be compiled again for every new int. The attention mask hides the slots after `pos`.
     """
     def __init__(self, stores: tuple[Tensor, ...], pos: Tensor, S: int):
         self.stores, self.pos, self.S = stores, pos, S
@@ -106,14 +104,14 @@ class FixedView:
 # %% ../notebooks/10b_fast_decoding.ipynb #ae8efb87
 def _decode_one_token(model: LanguageModel, tokens: Tensor, pos: Tensor, S: int,
                       layers: list[tuple[Tensor, ...]]) -> Tensor:
-    """tokens (B, 1) at position `pos` -> logits (B, 1, V), with the first S slots of the cache's layers."""
+    """Logits (B, 1, V) for tokens (B, 1) at position `pos`, attending to the first S slots of the cache."""
     x = model.embedding(tokens)  # (B, 1, C)
     for block, stores in zip(model.blocks, layers): x = block(x, pos, FixedView(stores, pos, S))
     return model.head(model.norm(x))
 
 # %% ../notebooks/10b_fast_decoding.ipynb #a04a8ebb
 def _layer_stores(cache: Cache, i: int) -> tuple[Tensor, ...]:
-    """The tensors of layer i, (B, max_length, ...) each. A CUDA graph is told that their addresses stay."""
+    """The tensors of layer i, (B, max_length, ...) each, marked for CUDA graphs: their addresses stay."""
     stores = tuple(cache.layer(i).stores)
     for store in stores:
         if store.is_cuda: torch._dynamo.mark_static_address(store)
@@ -121,36 +119,36 @@ def _layer_stores(cache: Cache, i: int) -> tuple[Tensor, ...]:
 
 # %% ../notebooks/10b_fast_decoding.ipynb #069ad162
 class _CompiledStep:
-    """`_decode_one_token` of one model, compiled at its first call. It advances the cache it is given."""
+    """`_decode_one_token` of a model, compiled at its first call; a call also advances the cache by one."""
     def __init__(self, model: LanguageModel):
         def step(tokens, pos, S, layers): return _decode_one_token(model, tokens, pos, S, layers)
         options = dict(fullgraph=True, mode="reduce-overhead" if model.embedding.weight.is_cuda else None)
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-            options["isolate_recompiles"] = True
-        self.program = torch.compile(step, **options)
+            options["isolate_recompiles"] = True  # else all decoders of a process share one limit
+        self._compiled = torch.compile(step, **options)
 
     def __call__(self, tokens: Tensor, cache: Cache, bucket: int) -> Tensor:
         pos = torch.full((1,), cache.length, device=tokens.device)
         S = min(cache.max_length, math.ceil(cache.end_after(1) / bucket) * bucket)
-        logits = self.program(tokens, pos, S, [_layer_stores(cache, i) for i in range(cache.num_layers)])
+        logits = self._compiled(tokens, pos, S, [_layer_stores(cache, i) for i in range(cache.num_layers)])
         cache.advance(1)
-        return logits.clone() if logits.is_cuda else logits  # the graph's next run overwrites its output
+        return logits.clone() if logits.is_cuda else logits  # the graph's next run overwrites it
 
 # %% ../notebooks/10b_fast_decoding.ipynb #c678312c
 class CompiledDecoder(nn.Module):
-    """A LanguageModel for generation whose one-token step is compiled; takes the model's place in `generate`.
+    """A LanguageModel whose decoding step for one token is compiled; pass it to `generate` as the model.
 
-    `weights` is the dtype in which matrices are kept (None: unchanged); bfloat16 halves the bytes a step
-    reads. A CPU computes in float32 all the same, CUDA in `weights`. The first steps compile and are slow:
-    once for the first `bucket` positions, once for any number of them, and again for another batch size.
+    `weights` is the dtype in which matrices are stored (None: unchanged); bfloat16 halves the bytes that a
+    step reads. A CPU still computes in float32, CUDA in `weights`. Compiling makes some steps slow: the
+    first one, the first beyond `bucket` positions, and again those of another batch size.
     """
-    bucket = 256  # slots; the view of the cache grows by this many
+    bucket = 256  # the number of cache slots that a step attends to is rounded up to a multiple of this
 
     def __init__(self, model: LanguageModel, weights: torch.dtype | None = None):
         super().__init__()
-        own, self.config = model.embedding.weight, model.config
-        weights = weights or own.dtype
-        self.dtype = weights if own.is_cuda or weights.itemsize >= 4 else torch.float32
+        embedding, self.config = model.embedding.weight, model.config
+        weights = weights or embedding.dtype
+        self.dtype = weights if embedding.is_cuda or weights.itemsize >= 4 else torch.float32
         self.model = inference_copy(model, weights, self.dtype)
         self._step = _CompiledStep(self.model)
 
@@ -160,13 +158,14 @@ class CompiledDecoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """Tokens (B, T) -> logits (B, T, V). One token with a cache takes the compiled step, unchecked."""
-        one = cache is not None and tokens.shape[1] == 1
-        if not one or cache.end_after(1) > self.config.rope_seq_len: return self.model(tokens, cache)
-        return self._step(tokens, cache, self.bucket)
+        """Logits (B, T, V) of tokens (B, T). One token with a cache takes the compiled step, unchecked."""
+        is_decode = cache is not None and tokens.shape[1] == 1
+        if is_decode and cache.end_after(1) <= self.config.rope_seq_len:
+            return self._step(tokens, cache, self.bucket)
+        return self.model(tokens, cache)  # which raises the error if there are too many tokens
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
-        """An empty cache for the whole context, whatever `max_length`: one shape, one program."""
+        """An empty cache for the whole context, whatever `max_length`: other shapes would compile again."""
         window = self.config.rope_seq_len
         if max_length > window:
             raise ValueError(f"max_length must be at most rope_seq_len = {window}, got {max_length}")

@@ -7,8 +7,8 @@ A language model gives a distribution; text is drawn from it. Between them stand
     top_p         the fewest tokens that reach p        the nucleus, arXiv:1904.09751
     min_p         tokens at least min_p as likely as the likeliest
 
-`generate` goes from ids to ids, `stream` from text to pieces of text in whole characters. Both draw the same
-tokens for the same seed, with a cache and without, if the tokenizer has a text for every id of the model.
+`generate` maps ids to ids, `stream` maps text to pieces of text in whole characters. Both draw the same tokens for
+the same seed, with a cache and without, if the tokenizer has an entry for every id of the model.
 
     >>> import torch; from optimus.generation import Sampling
     >>> Sampling(temperature=0.5, top_k=1).probabilities(torch.tensor([[2.0, 1.0]]))
@@ -36,7 +36,10 @@ from .decoding import fastest_copy
 
 # %% ../notebooks/10_sampling.ipynb #30cf21bc
 def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
-    """Logits divided by the temperature, shifted so that the largest is 0: (..., V) -> (..., V)."""
+    """Logits divided by the temperature, (..., V) -> (..., V), shifted so that the largest is 0.
+
+    The shift changes no probability, and a temperature near 0 cannot make the largest logit overflow.
+    """
     limits = torch.finfo(logits.dtype)
     return (logits - logits.amax(-1, keepdim=True)) / min(max(temperature, limits.tiny), limits.max)
 
@@ -49,11 +52,11 @@ def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
 def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
     """Logits with -inf outside the nucleus, the fewest tokens that reach p (arXiv:1904.09751).
 
-    (..., V) -> (..., V). The token that crosses the line belongs to the nucleus; the likeliest always does.
+    (..., V) -> (..., V). The token with which the sum reaches p still belongs to the nucleus.
     """
     ascending, order = logits.sort(-1)
-    reached = ascending.softmax(-1).cumsum(-1)  # the token and all that are less likely
-    outside = reached <= 1 - top_p
+    tail = ascending.softmax(-1).cumsum(-1)  # probability of a token and all less likely ones together
+    outside = tail <= 1 - top_p
     outside[..., -1] = False  # the likeliest always stays
     return logits.masked_fill(outside.scatter(-1, order, outside), -math.inf)
 
@@ -77,8 +80,8 @@ def _check(ok: bool, name: str, value, allowed: str) -> None:
 
 # %% ../notebooks/10_sampling.ipynb #a1c1a56c
 def _check_logits(logits: Tensor) -> None:
-    """Raise ValueError if a row of logits (B, V) has no distribution: its largest is NaN or infinite."""
-    largest = logits.amax(-1)  # NaN counts as largest
+    """Raise ValueError if a row of (B, V) has no softmax, because its largest logit is NaN or infinite."""
+    largest = logits.amax(-1)  # (B,); NaN if the row holds one
     if largest.isfinite().all(): return
     bad = largest[~largest.isfinite()][0].item()
     raise ValueError(f"the model's logits have no distribution: the largest of a row is {bad}")
@@ -86,9 +89,10 @@ def _check_logits(logits: Tensor) -> None:
 # %% ../notebooks/10_sampling.ipynb #258b4557
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn: temperature, then top-k, top-p and min-p, in this order; None is off.
+    """Settings for drawing a token: temperature, then top-k, top-p and min-p in this order; None is off.
 
-    ValueError names the first setting out of its range, with the range. NumPy's numbers become Python's.
+    Raises ValueError that names the first setting out of its range, and the range. NumPy numbers are
+    converted to Python numbers.
     """
     temperature: float = 1.0  # 0 takes the likeliest token
     top_k: int | None = None
@@ -104,9 +108,10 @@ class Sampling:
         for name, value in list(vars(self).items()): object.__setattr__(self, name, python_number(value))
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """The distribution that the next token is drawn from: (B, V) -> (B, V), at least float32.
+        """The distribution from which the next token is drawn: logits (B, V) -> (B, V), at least float32.
 
-        Temperature 0 gives all to the likeliest, the first of equals. ValueError for logits without one.
+        Temperature 0 gives probability 1 to the largest logit, to the first one of equal ones. Raises
+        ValueError for a row whose largest logit is NaN or infinite.
         """
         return _filtered(logits.to(torch.promote_types(logits.dtype, torch.float32)), self)
 
@@ -125,23 +130,23 @@ def _filtered(logits: Tensor, sampling: Sampling) -> Tensor:
 # %% ../notebooks/10_sampling.ipynb #3b179089
 def next_token_probabilities(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
                              top_p: float | None = None, min_p: float | None = None) -> Tensor:
-    """`Sampling(temperature, top_k, top_p, min_p).probabilities(logits)`, for a single distribution."""
+    """The distribution of the next token: `Sampling(temperature, ...).probabilities(logits)` in one call."""
     return Sampling(temperature, top_k, top_p, min_p).probabilities(logits)
 
 # %% ../notebooks/10_sampling.ipynb #a42b8175
 def check_settings(max_new_tokens: int = 1, seed: int | None = None,
                    **sampling) -> tuple[Sampling, int, int | None]:
-    """(Sampling, max_new_tokens, seed) of a request, or ValueError for the first setting out of its range."""
-    n, s, most = max_new_tokens, seed, MAX_NEW_TOKENS
+    """The settings as (Sampling, max_new_tokens, seed). Raises ValueError for the first one out of range."""
+    n, s, limit = max_new_tokens, seed, MAX_NEW_TOKENS
     sampling = Sampling(**sampling)
-    _check(_is_whole(n) and 1 <= n <= most, "max_new_tokens", n, f"a whole number in [1, {most}]")
+    _check(_is_whole(n) and 1 <= n <= limit, "max_new_tokens", n, f"a whole number in [1, {limit}]")
     _check(s is None or _is_whole(s) and 0 <= s < 2**63, "seed", s, "a whole number in [0, 2**63), or None")
     return sampling, python_number(n), python_number(s)
 
 # %% ../notebooks/10_sampling.ipynb #792a6fc8
 @contextmanager
 def evaluating(model: nn.Module):
-    """Inside, every module is in eval mode; afterwards those that were in training mode are again."""
+    """A context in which every module of `model` is in eval mode; at its end each has its old mode again."""
     training = [module for module in model.modules() if module.training]
     for module in training: module.training = False
     try: yield
@@ -162,35 +167,38 @@ class TokenBuffer:
     @property
     def capacity(self) -> int: return self._rows.shape[1]
     @property
+    def max_context(self) -> int: return min(self.window, self.capacity)
+    @property
     def tokens(self) -> Tensor: return self._rows[:, :self.length]
     @property
     def context(self) -> Tensor: return self._rows[:, self._start:self.length]
 
     def append(self, tokens: Tensor) -> None:
-        """One token (B,) more in every row. When the room is used up, it is doubled."""
+        """Append one token to every row: (B,). The capacity is doubled when it is used up."""
         if self.length == self.capacity: self._rows = torch.cat([self._rows, torch.zeros_like(self._rows)], 1)
         self._rows[:, self.length] = tokens
         self.length += 1
 
     def cut_context(self) -> bool:
-        """Cut the context if it has outgrown the window; True if it had."""
+        """Cut the context if it is longer than the window; return whether it was cut."""
         if self.length - self._start <= self.window: return False
         self._start = self.length - max(1, self.window // 2)
         return True
 
 # %% ../notebooks/10_sampling.ipynb #f9ef9f5b
 class CachedModel:
-    """A model and the cache of what it has read: asked about a longer context, it reads only what is new.
+    """A model with its cache: `next_logits` runs it only on the tokens that the cache does not hold yet.
 
-    `model` needs `config`, (B, T) ids -> logits (B, T, V), and `new_cache` if `use_cache`.
+    `model` maps ids (B, T) to logits (B, T, V); it needs `config`, and `new_cache` if `use_cache`.
     """
     def __init__(self, model: nn.Module, batch_size: int, max_length: int, use_cache: bool):
         self.model, self.cache = fastest_copy(model), None
-        self._eval_mode = (lambda: evaluating(model)) if self.model is model else nullcontext
+        is_copy = self.model is not model  # a copy is in eval mode already
+        self._eval_mode = nullcontext if is_copy else (lambda: evaluating(model))
         if use_cache: self.new_cache(batch_size, max_length)
 
     def new_cache(self, batch_size: int, max_length: int) -> None:
-        """Start again with an empty cache for `max_length` tokens."""
+        """Replace the cache by an empty one for `max_length` tokens."""
         self.cache = self.model.new_cache(batch_size, max_length)
 
     @torch.no_grad()
@@ -198,41 +206,44 @@ class CachedModel:
         """Logits (B, V) of the token after the context (B, T)."""
         with self._eval_mode():
             if self.cache is None: return self.model(context)[:, -1]
-            self.cache.length = min(self.cache.length, context.shape[1] - 1)  # less only after an interrupt
+            # after an interrupt the cache may hold the last token already: it is read again for its logits
+            self.cache.length = min(self.cache.length, context.shape[1] - 1)
             new = context[:, self.cache.length:]
             if new.shape[1] > 1: self.prefill(new[:, :-1])
             return self.model(new[:, -1:], self.cache)[:, -1]
 
     def prefill(self, tokens: Tensor) -> None:
-        """Read tokens (B, T) into the cache. `hidden`, where the model has it, skips their logits."""
+        """Fill the cache with tokens (B, T). Their logits are not computed if the model has `hidden`."""
         if hasattr(self.model, "hidden"): self.model.hidden(tokens, self.cache, keep_last=1)
         else: self.model(tokens, self.cache)
 
 # %% ../notebooks/10_sampling.ipynb #6c20e8a1
 class Generation:
-    """A text being generated: B rows of tokens, the logits of their next tokens, and a random state.
+    """The state of a generation: B rows of tokens, the logits of the next token, a random generator.
 
-    `next_logits` asks the model at most once a position, `sample` draws from them, `append` makes the text
-    longer. Ids from `vocab_size` on, if it is given, are never drawn. Seed None begins anywhere.
+    `next_logits` runs the model at most once per position, `sample` draws from the logits, `append` adds a
+    token to every row. If `vocab_size` is given, ids from `vocab_size` on are never drawn. With seed None
+    the draws differ from run to run.
     """
     def __init__(self, model: nn.Module, tokens: Tensor, max_new_tokens: int, *, use_cache: bool = True,
                  seed: int | None = None, vocab_size: int | None = None):
         self.device = next((p.device for p in model.parameters()), tokens.device)
-        self.text = TokenBuffer(tokens.to(self.device), max_new_tokens, model.config.rope_seq_len)
-        self.reader = CachedModel(model, len(tokens), min(self.text.window, self.text.capacity), use_cache)
+        self.buffer = TokenBuffer(tokens.to(self.device), max_new_tokens, model.config.rope_seq_len)
+        self.cached_model = CachedModel(model, len(tokens), self.buffer.max_context, use_cache)
         self.vocab_size, self._logits, self._random = vocab_size, None, torch.Generator(self.device)
         self.reseed(seed)
 
     def reseed(self, seed: int | None) -> None:
-        """Set the random state from which tokens are drawn."""
+        """Seed the generator from which tokens are drawn; None takes a seed that differs from run to run."""
         if seed is None: self._random.seed()
         else: self._random.manual_seed(seed)
 
     def next_logits(self) -> Tensor:
         """The model's logits of the next token, (B, V)."""
         if self._logits is None:
-            if self.text.cut_context() and self.reader.cache is not None: self.reader.cache.reset()
-            self._logits = self.reader.next_logits(self.text.context)[:, :self.vocab_size]
+            cache, was_cut = self.cached_model.cache, self.buffer.cut_context()
+            if was_cut and cache is not None: cache.reset()
+            self._logits = self.cached_model.next_logits(self.buffer.context)[:, :self.vocab_size]
         return self._logits
 
     def sample(self, sampling: Sampling) -> Tensor:
@@ -241,15 +252,15 @@ class Generation:
         return torch.multinomial(probabilities, 1, generator=self._random)[:, 0]
 
     def append(self, tokens: Tensor) -> None:
-        """Make every row longer by one token, (B,), whoever chose it."""
-        self.text.append(tokens)
-        self._logits, cache = None, self.reader.cache
-        needed = min(self.text.window, self.text.capacity)
-        if cache is not None and cache.max_length < needed: self.reader.new_cache(len(tokens), needed)
+        """Append one token to every row, (B,): the one that `sample` drew, or any other."""
+        self.buffer.append(tokens)
+        self._logits, cache = None, self.cached_model.cache
+        if cache is not None and cache.max_length < self.buffer.max_context:  # the buffer has grown
+            self.cached_model.new_cache(len(tokens), self.buffer.max_context)
 
 # %% ../notebooks/10_sampling.ipynb #72e46303
 def _check_flat(tokens: list) -> None:
-    """Raise ValueError, with the lengths, if a list holds rows: a batch of prompts must be a tensor."""
+    """Raise ValueError if a list holds lists: a batch of prompts must be a tensor. Names their lengths."""
     rows = [row for row in tokens if isinstance(row, (list, tuple)) or getattr(row, "ndim", 0)]
     if not rows: return
     lengths = ", ".join(str(len(row)) for row in rows[:8]) + ", ..." * (len(rows) > 8)
@@ -258,7 +269,7 @@ def _check_flat(tokens: list) -> None:
 
 # %% ../notebooks/10_sampling.ipynb #b4393127
 def _check_prompt(tokens: Tensor | list[int], vocab_size: int) -> Tensor:
-    """The prompt as int64 (B, T). ValueError for another type or shape, an empty one, or ids out of range."""
+    """The prompt as int64 (B, T). Raises ValueError for a wrong type, shape or id, and for no id at all."""
     if isinstance(tokens, list):
         _check_flat(tokens)
         ids = [python_number(i) for i in tokens]
@@ -276,7 +287,7 @@ def _check_prompt(tokens: Tensor | list[int], vocab_size: int) -> Tensor:
 
 # %% ../notebooks/10_sampling.ipynb #00278fae
 def _check_eos(eos_token_id: int | None, vocab_size: int) -> int | None:
-    """The id as Python's int, or None; ValueError if it is not an id of the vocabulary."""
+    """The id as a Python int, or None. Raises ValueError if it is not an id of the vocabulary."""
     if eos_token_id is not None and not (_is_whole(eos_token_id) and 0 <= eos_token_id < vocab_size):
         raise ValueError(f"eos_token_id must be in [0, {vocab_size}), or None, got {eos_token_id!r}")
     return python_number(eos_token_id)
@@ -288,9 +299,9 @@ def generate(model: nn.Module, tokens: Tensor | list[int], max_new_tokens: int, 
              use_cache: bool = True) -> Tensor | list[int]:
     """The prompt and up to `max_new_tokens` tokens after it: int64 (B, T) -> (B, T + n), a list -> a list.
 
-    `Sampling` says what the four settings do. A row that draws `eos_token_id` keeps it once and is padded
-    with it; generation ends when all rows have. Draws depend on `seed` alone (None: a new one) and leave the
-    global random state unchanged. A text longer than the context continues from its newest half
+    `Sampling` documents the four settings. A row that draws `eos_token_id` keeps it once and is padded with
+    it; generation ends when all rows have drawn it. Draws depend on `seed` alone (None: a new one) and leave
+    the global random state unchanged. When a text outgrows the context window, the model sees its newest half
     (`TokenBuffer`). Runs in eval mode and restores the mode. Raises ValueError for settings or ids out of
     range.
     """
@@ -305,14 +316,15 @@ def generate(model: nn.Module, tokens: Tensor | list[int], max_new_tokens: int, 
         generation.append(drawn if eos is None else drawn.masked_fill(finished, eos))
         if eos is not None: finished |= drawn == eos
         if finished.all(): break
-    result = generation.text.tokens
+    result = generation.buffer.tokens
     return result[0].tolist() if isinstance(tokens, list) else result.to(tokens.device)
 
 # %% ../notebooks/10_sampling.ipynb #39f00e35
 def next_piece(tokenizer, recent: list[int], i: int) -> str:
-    """The whole characters that token `i` completes. `recent`, the last tokens before it, gets `i` appended.
+    """The text that token `i` adds after the tokens in `recent`, in whole characters.
 
-    Empty while a character is incomplete. At most 8 tokens are kept: a character has at most 4.
+    It is empty while a character is incomplete. `i` is appended to `recent`, which keeps the last 8 tokens: a
+    character has at most 4 bytes, hence at most 4 tokens.
     """
     before = tokenizer.decode(recent).removesuffix("\ufffd")
     recent.append(i)
@@ -322,10 +334,10 @@ def next_piece(tokenizer, recent: list[int], i: int) -> str:
 
 # %% ../notebooks/10_sampling.ipynb #4cb4227c
 def text_pieces(tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """The text of ids that arrive one by one, in pieces of whole characters.
+    """The text of ids as they arrive, in pieces of whole characters.
 
     Joined, the pieces are `tokenizer.decode` of all ids without U+FFFD: an incomplete character at the end
-    and bytes that can never become a character are left out.
+    and bytes that are not valid UTF-8 are left out.
     """
     recent: list[int] = []
     for i in ids:
@@ -333,10 +345,10 @@ def text_pieces(tokenizer, ids: Iterable[int]) -> Iterator[str]:
 
 # %% ../notebooks/10_sampling.ipynb #1d18209a
 def encode_prompt(model: nn.Module, tokenizer, prompt: str, eos_token_id: int) -> tuple[Tensor, int]:
-    """(ids (1, T), number of ids that may be drawn) of a prompt; an empty one becomes end-of-text.
+    """The ids of a prompt, (1, T), and how many ids may be drawn; an empty prompt becomes end-of-text.
 
-    Raises ValueError for a prompt that is no text and a tokenizer with more entries than the model's
-    vocabulary.
+    Raises ValueError for a prompt that is not a string, and for a tokenizer with more entries than the
+    model's vocabulary.
     """
     if not isinstance(prompt, str): raise ValueError(f"the prompt must be text, got {str(prompt):.50}")
     V = model.config.vocab_size
@@ -347,7 +359,7 @@ def encode_prompt(model: nn.Module, tokenizer, prompt: str, eos_token_id: int) -
 # %% ../notebooks/10_sampling.ipynb #d6ef6657
 def _sample_until_eos(generation: Generation, sampling: Sampling, eos_token_id: int,
                       max_new_tokens: int) -> Iterator[int]:
-    """The ids drawn one after the other, at most `max_new_tokens`, without the end-of-text that ends them."""
+    """Draw and append at most `max_new_tokens` ids, one by one; ends at end-of-text, which is not yielded."""
     for _ in range(max_new_tokens):
         drawn = generation.sample(sampling)
         if drawn.item() == eos_token_id: return
@@ -362,7 +374,8 @@ def stream(model: nn.Module, tokenizer, prompt: str, *, max_new_tokens: int = 20
 
     `tokenizer` has encode(text) -> ids, decode(ids) -> text and eos_token_id, which `eos_token_id` overrides.
     An empty prompt starts from end-of-text, as documents do in training. Settings and draws are those of
-    `generate`, but ids that the tokenizer does not have are never drawn. Raises ValueError at the call.
+    `generate`, but ids that the tokenizer does not have are never drawn. Raises ValueError when it is called,
+    not at the first piece.
     """
     sampling, max_new_tokens, seed = check_settings(
         max_new_tokens, seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)

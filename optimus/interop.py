@@ -8,8 +8,9 @@ them, once three things are translated:
     row order   interleaved RoPE                ->  half-split RoPE ("gqa": W_q and W_k)
 
 "mla" becomes `DeepseekV2ForCausalLM` with every layer dense, "gqa" becomes `LlamaForCausalLM`; both come back. The first
-two mistakes raise an error. The third raises nothing: the shapes are right, and the model is ruined. What another model
-has and `ModelConfig` cannot say (experts, biases, stretched RoPE, sliding windows, other head sizes) is refused by name.
+two mistakes raise an error. The third raises nothing: the shapes are right, and the model is ruined. A feature that
+`ModelConfig` cannot represent (experts, biases, scaled RoPE, sliding windows, other head sizes) raises a ValueError that
+names it.
 
     >>> from optimus.interop import their_name
     >>> their_name("blocks.0.attention.q_down_proj.weight")
@@ -60,18 +61,19 @@ def their_name(name: str) -> str:
 
 # %% ../notebooks/13_interop.ipynb #84901623
 def convert_tensor(name: str, weight: Tensor, config: ModelConfig, interleaved: bool) -> Tensor:
-    """A copy of a weight of our model, with rows in the order that RoPE needs: `interleaved`, or half-split.
+    """A copy of a weight, its rows reordered from the other RoPE layout to the one named by `interleaved`.
 
-    Only W_q and W_k of "gqa" have two orders: Llama is half-split, DeepSeek-V2 interleaved as we are.
+    `name` is our name of it. Only W_q and W_k of "gqa" are reordered: Llama is half-split and we are
+    interleaved, as DeepSeek-V2 is.
     """
     rotated = config.attention == "gqa" and name.endswith(("q_proj.weight", "k_proj.weight"))
     return permute_rope(weight.detach(), config.head_dim, interleaved) if rotated else weight.detach().clone()
 
 # %% ../notebooks/13_interop.ipynb #d1a01b4b
 def their_config(config: ModelConfig, eos_token_id: int | None = None):
-    """The `DeepseekV2Config` (all layers dense) or `LlamaConfig` of the same function.
+    """The `DeepseekV2Config` (all layers dense) or `LlamaConfig` of the same model.
 
-    Training settings (dropout, checkpointing) have no twin and do not travel.
+    Dropout and activation checkpointing are left out, because they matter only in training.
     """
     from transformers import DeepseekV2Config, LlamaConfig
     H, theta = config.num_attention_heads, float(config.rope_theta)
@@ -94,15 +96,16 @@ def to_transformers(model: LanguageModel, eos_token_id: int | None = None):
     """The same model as a `DeepseekV2ForCausalLM` ("mla") or `LlamaForCausalLM` ("gqa"), in eval mode.
 
     Every tensor is a copy, in the model's dtype and on its device. Float32 logits agree to 1e-4 of
-    the largest, or of 1 where all are smaller. `eos_token_id` ends its `generate`; without one it never
-    stops early. Raises ValueError for anything but a LanguageModel.
+    the largest, or of 1 where all are smaller. `eos_token_id` ends its `generate`; without one it
+    always writes `max_new_tokens`. Raises ValueError for anything but a LanguageModel.
     """
     from transformers import DeepseekV2ForCausalLM, LlamaForCausalLM
     if not isinstance(model, LanguageModel):
         raise ValueError(f"to_transformers needs a LanguageModel, got {type(model).__name__}")
     config, weight = model.config, model.embedding.weight
     build = LlamaForCausalLM if config.attention == "gqa" else DeepseekV2ForCausalLM
-    with torch.random.fork_rng(devices=[]): theirs = build(their_config(config, eos_token_id))
+    with torch.random.fork_rng(devices=[]):  # because building draws random weights
+        theirs = build(their_config(config, eos_token_id))
     state = {their_name(name): convert_tensor(name, x, config, interleaved=False)
              for name, x in weights_of(model).items()}
     state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])  # a tied head
@@ -113,7 +116,7 @@ def to_transformers(model: LanguageModel, eos_token_id: int | None = None):
 
 # %% ../notebooks/13_interop.ipynb #cb7706f5
 def _rope_scaling(rope: dict[str, Any]) -> str | None:
-    """In words, how RoPE is scaled; None if it is not, or by a factor of 1, which changes no frequency."""
+    """The RoPE scaling in words; None without one, or with a factor of 1, which changes no frequency."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     by_one = rope.get("factor") == 1 and rope.get("attention_factor") in (None, 1)
     if kind == "default" or by_one and kind in ("linear", "dynamic", "yarn", "llama3"): return None
@@ -125,7 +128,7 @@ _ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
                   "deepseek_v2": "DeepseekV2ForCausalLM"}
 
 def unsupported_feature(config) -> str | None:
-    """In words, what a transformers configuration says that `ModelConfig` cannot; None if nothing."""
+    """The first feature of a transformers config that `ModelConfig` cannot represent, in words, or None."""
     def get(name, default=None): return getattr(config, name, default)
     rope, L = get("rope_parameters") or get("rope_scaling") or {}, get("num_hidden_layers", 0)
     partial = rope.get("partial_rotary_factor", get("partial_rotary_factor"))
@@ -145,7 +148,7 @@ def unsupported_feature(config) -> str | None:
 
 # %% ../notebooks/13_interop.ipynb #e31e6759
 def _unsupported_head_size(config) -> str | None:
-    """In words, the size of the attention that does not follow from width, heads and rank; None if all do."""
+    """The first attention size that does not follow from width, heads and rank, in words, or None."""
     C, H = config.hidden_size, config.num_attention_heads
     D, fraction = C // H, f"hidden_size / num_attention_heads = {C} / {H}"
     if config.model_type != "deepseek_v2":
@@ -164,7 +167,7 @@ def _unsupported_head_size(config) -> str | None:
 
 # %% ../notebooks/13_interop.ipynb #184e7a51
 def check_supported(theirs: Any) -> None:
-    """Raise ValueError that says why, unless `theirs` is a transformers model that can be converted."""
+    """Raise ValueError, with the reason, if `theirs` is not a transformers model that can be converted."""
     from transformers import PreTrainedModel
     kind = type(theirs).__name__
     if not isinstance(theirs, PreTrainedModel):
@@ -180,14 +183,14 @@ def check_supported(theirs: Any) -> None:
 
 # %% ../notebooks/13_interop.ipynb #4bf4ceeb
 def _their_weights(theirs: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a transformers model by name, without the copy that a tied head is."""
+    """The tensors of a transformers model by name, without a tied head."""
     state = dict(theirs.state_dict())
     if theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight:
         del state["lm_head.weight"]
     return state
 
 def _check_tensors(theirs: nn.Module, wanted: dict[str, tuple[int, ...]]) -> None:
-    """Raise ValueError that names the first difference, unless the tensors have these names and shapes."""
+    """Raise ValueError, naming the first difference, if the tensors of `theirs` are not those `wanted`."""
     found = shapes_of(_their_weights(theirs))
     if name := first_difference(found, wanted):
         raise ValueError(f"{type(theirs).__name__} cannot be represented: {name} has shape "
@@ -195,7 +198,7 @@ def _check_tensors(theirs: nn.Module, wanted: dict[str, tuple[int, ...]]) -> Non
 
 # %% ../notebooks/13_interop.ipynb #de0a8e61
 def our_config(theirs: nn.Module) -> ModelConfig:
-    """The sizes of a transformers model without an `unsupported_feature`, as a ModelConfig; dropout is 0."""
+    """The ModelConfig of a transformers model that has no `unsupported_feature`; dropout is 0."""
     config, embedding = theirs.config, theirs.get_input_embeddings().weight
     rope = getattr(config, "rope_parameters", None) or {}
     sizes = dict(
@@ -215,9 +218,9 @@ def our_config(theirs: nn.Module) -> ModelConfig:
 def from_transformers(path_or_model: Any) -> LanguageModel:
     """A LanguageModel with the weights of a Llama, Mistral or dense DeepSeek-V2 model, copied, in eval mode.
 
-    `path_or_model`: a transformers model, a folder of one, or its name on the hub. dtype and device stay.
-    ValueError names what `ModelConfig` cannot represent, or what is wrong with the folder; ConnectionError
-    if the hub is needed and does not answer. Training settings do not travel: dropout is 0 on arrival.
+    `path_or_model`: a transformers model, a folder of one, or its name on the hub. It keeps its dtype
+    and device; dropout is 0. Raises ValueError that names what `ModelConfig` cannot represent, or what is
+    wrong with the folder, and ConnectionError if the hub is needed and does not answer.
     """
     theirs = path_or_model
     if isinstance(theirs, (str, os.PathLike)): theirs = _open_theirs(theirs)
@@ -231,7 +234,7 @@ def from_transformers(path_or_model: Any) -> LanguageModel:
 
 # %% ../notebooks/13_interop.ipynb #460ef6e6
 def _from_pretrained(auto, source: str, **options):
-    """`auto.from_pretrained(source)`, whose errors of many lines become one sentence."""
+    """`auto.from_pretrained(source)`; its long errors become one sentence, OSError or ValueError."""
     try: return auto.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -240,7 +243,7 @@ def _from_pretrained(auto, source: str, **options):
 
 # %% ../notebooks/13_interop.ipynb #8ff0f6ce
 def _check_their_config(source: str) -> None:
-    """Raise ValueError if the configuration at `source` says something that `ModelConfig` cannot."""
+    """Raise ValueError if `ModelConfig` cannot represent the transformers configuration at `source`."""
     from transformers import AutoConfig
     if why := unsupported_feature(_from_pretrained(AutoConfig, source)):
         raise ValueError(f"{source} cannot be represented: {why}")
@@ -249,12 +252,12 @@ def _check_their_config(source: str) -> None:
 def _load_theirs(source: str):
     """The transformers model at `source`, whose configuration is checked before its weights are read.
 
-    Raises ValueError if a tensor is missing, left over, or of another shape: transformers only warns of it.
+    Raises ValueError if a tensor is missing, unexpected, or of another shape: transformers only warns.
     """
     from transformers import AutoModelForCausalLM
     _check_their_config(source)
     theirs, report = _from_pretrained(AutoModelForCausalLM, source, use_safetensors=True, dtype="auto",
-                           output_loading_info=True)
+                                      output_loading_info=True)
     for kind in ("missing", "unexpected", "mismatched"):
         for name in sorted(str(name) for name in report[f"{kind}_keys"]):
             why = " (biases cannot be represented)" if name.endswith("bias") else ""
@@ -263,7 +266,7 @@ def _load_theirs(source: str):
 
 # %% ../notebooks/13_interop.ipynb #1414c83d
 def _check_their_folder(folder: Path) -> None:
-    """Raise ValueError unless a folder has a transformers configuration that fits, and weights to read."""
+    """Raise ValueError if a folder lacks a transformers config that we can represent, or readable weights."""
     config = folder / "config.json"
     if config.is_file(): check_not_pointer(config)
     try: known = read_json(config)
@@ -286,7 +289,7 @@ def _open_theirs(path_or_name: str | Path):
         except OSError as error: raise ValueError(str(error)) from error
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise ValueError(f"no model {name!r}: neither a folder nor a name like owner/model on the hub")
-    with contextlib.suppress(OSError):  # a copy that lacks its weights
+    with contextlib.suppress(OSError):  # the cached copy may lack its weights
         cached = try_to_load_from_cache(name, "config.json")
         if isinstance(cached, str): return _load_theirs(str(Path(cached).parent))
     try: check_hub(name, "model")
@@ -298,8 +301,8 @@ def _open_theirs(path_or_name: str | Path):
 def their_tokenizer(tokenizer: Tokenizer, max_length: int):
     """The same tokenizer as a `PreTrainedTokenizerFast`: equal ids, and none added.
 
-    End-of-text is also where a text begins and what pads. One difference: in transformers the characters
-    "<|endoftext|>" in a text become that token, unless `split_special_tokens=True` is given; ours never do.
+    End-of-text is its beginning-of-text and padding token, too. One difference: in transformers the
+    characters "<|endoftext|>" in a text become that token, unless `split_special_tokens=True` is given.
     """
     from transformers import PreTrainedTokenizerFast
     end = tokenizer.backend.id_to_token(tokenizer.eos_token_id)
@@ -322,7 +325,7 @@ def _write_export(folder: Path, model: LanguageModel, tokenizer: Tokenizer):
 def reloaded_logit_gap(model: LanguageModel, folder: Path) -> float:
     """Largest difference of float32 logits between `model` and the folder opened by transformers' Auto class.
 
-    In units of the largest logit where that is above 1. At most 64 random tokens.
+    Relative to the largest logit, if that is above 1. Measured on at most 64 random tokens.
     """
     from transformers import AutoModelForCausalLM
     V, T = model.config.vocab_size, min(64, model.config.rope_seq_len)
@@ -332,42 +335,42 @@ def reloaded_logit_gap(model: LanguageModel, folder: Path) -> float:
     return ((ours - logits).abs().max() / ours.abs().max().clamp(min=1)).item()
 
 # %% ../notebooks/13_interop.ipynb #8ebbe1f5
-def measured_gap(worst: float, dtype: str) -> str:
+def measured_gap(gap: float, dtype: str) -> str:
     """A `reloaded_logit_gap` in words, with the number format `dtype` in which the weights are stored."""
-    return (f"{dtype} weights, computed in float32: the logits differ by at most {worst:.1e} "
+    return (f"{dtype} weights, computed in float32: the logits differ by at most {gap:.1e} "
             "(of the largest, or of 1 where all are smaller)")
 
 # %% ../notebooks/13_interop.ipynb #4f98caec
 def _is_disk_error(error: BaseException | None) -> bool:
-    """Whether the system refused a write. Rust code (safetensors, tokenizers) reports that as text."""
+    """True if the system refused a write. Rust code (safetensors, tokenizers) says so only in its text."""
     if error is None: return False
     return isinstance(error, OSError) or "(os error " in str(error) or _is_disk_error(error.__cause__)
 
 # %% ../notebooks/13_interop.ipynb #0396e6fa
 def _open_checkpoint(folder: Path) -> tuple[LanguageModel, Tokenizer]:
-    """(model, tokenizer) of a checkpoint. Raises ValueError or CheckpointError that says what is wrong."""
-    if (folder / "manifest.json").is_file() and (trouble := find_damage(folder)):
-        raise CheckpointError(f"the checkpoint {folder} cannot be trusted: {trouble}")
-    model, words = LanguageModel.from_pretrained(folder), folder / "tokenizer.json"
-    if words.is_file(): check_not_pointer(words)
+    """(model, tokenizer) of a checkpoint. Raises CheckpointError if it is damaged, ValueError else."""
+    if (folder / "manifest.json").is_file() and (damage := find_damage(folder)):
+        raise CheckpointError(f"the checkpoint {folder} cannot be trusted: {damage}")
+    model, tokenizer_file = LanguageModel.from_pretrained(folder), folder / "tokenizer.json"
+    if tokenizer_file.is_file(): check_not_pointer(tokenizer_file)
     tokenizer, size = load_tokenizer(folder), model.config.vocab_size
     if len(tokenizer) > size:
-        raise ValueError(f"{words} has {len(tokenizer)} entries, the model only {size} (vocab_size in "
-                         f"config.json): they do not belong together")
+        raise ValueError(f"{tokenizer_file} has {len(tokenizer)} entries, the model only {size} "
+                         "(vocab_size in config.json): they do not belong together")
     return model, tokenizer
 
 # %% ../notebooks/13_interop.ipynb #0b70bac2
 def _write_checked(half: Path, name: str, model: LanguageModel, tokenizer: Tokenizer, source: Path) -> float:
-    """Write the export of `source` into `half`, compare logits, write the card; return the logit gap."""
+    """Write the export into `half`, check its logits, write the model card; return `reloaded_logit_gap`."""
     theirs = _write_export(half, model, tokenizer)
-    worst = reloaded_logit_gap(model, half)
-    if not worst <= 1e-4:
+    gap = reloaded_logit_gap(model, half)
+    if not gap <= 1e-4:
         raise CheckpointError(f"refusing to export {source}: opened by transformers, its logits differ "
-                              f"by {worst:.3g}; at most 1e-4 is allowed")
-    measured = measured_gap(worst, str(theirs.dtype).removeprefix("torch."))
+                              f"by {gap:.3g}; at most 1e-4 is allowed")
+    measured = measured_gap(gap, str(theirs.dtype).removeprefix("torch."))
     record = recorded_training(source) | {"opened again": measured}
     (half / "README.md").write_text(model_card(name, theirs, tokenizer, record), encoding="utf-8")
-    return worst
+    return gap
 
 # %% ../notebooks/13_interop.ipynb #9bd265ac
 def export_checkpoint(checkpoint: str | Path, out: str | Path) -> float:
@@ -375,7 +378,7 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path) -> float:
 
     `checkpoint` needs its weights, config.json and tokenizer.json; a manifest.json beside them is checked.
     Raises ValueError if a file is missing or `out` is not new or empty, CheckpointError if the checkpoint is
-    damaged, the disk refuses, or the result has other logits. Then no half-written folder is left behind.
+    damaged, the disk cannot be written, or the result has other logits. Then no incomplete folder is left.
     """
     folder, out = Path(checkpoint), Path(out).resolve()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):

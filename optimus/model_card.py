@@ -1,6 +1,6 @@
 """The page beside a published model says what was written down about it, and nothing else.
 
-    recorded_training(folder)   what a checkpoint says of its training, as text; "not recorded" where it is silent
+    recorded_training(folder)   what a checkpoint records of its training, as text, or "not recorded"
     model_card(...)             the text of README.md, from the exported model, its tokenizer and that record
 
     >>> from optimus.model_card import recorded_training
@@ -33,7 +33,7 @@ def _read_or_nothing(path: Path) -> dict[str, Any]:
 
 # %% ../notebooks/13b_model_card.ipynb #a6b0f405
 def _validations(history: Path, step: int) -> list[dict[str, Any]]:
-    """The rows of a run's log that hold a validation loss, up to `step`."""
+    """The rows of a run's history.jsonl up to `step` that hold a validation loss."""
     rows = []
     for line in history.read_text(encoding="utf-8").splitlines() if history.is_file() else []:
         try: row = json.loads(line)
@@ -44,7 +44,7 @@ def _validations(history: Path, step: int) -> list[dict[str, Any]]:
 
 # %% ../notebooks/13b_model_card.ipynb #b79ab290
 def _validation_loss(folder: Path, state: dict[str, Any]) -> str:
-    """In words, the last validation loss up to this checkpoint, or else the best of its run."""
+    """The last validation loss up to this checkpoint, in words, else the best one of its run."""
     run, history = state.get("run") or {}, folder.resolve().parent / "history.jsonl"
     if "step" in state and (rows := _validations(history, state["step"])):
         loss, bits, step = (rows[-1].get(key) for key in ("validation_loss", "bits_per_byte", "step"))
@@ -55,13 +55,13 @@ def _validation_loss(folder: Path, state: dict[str, Any]) -> str:
 
 # %% ../notebooks/13b_model_card.ipynb #b5d40757
 def _corpus_name(name: str) -> str:
-    """The name of a corpus in `code` type; of a path only its last part."""
+    """The name of a corpus in Markdown code marks; of a path only the last part."""
     if not name: return NOT_RECORDED
     path, on_a_hub = PureWindowsPath(name), re.fullmatch(r"[\w-]+(/[\w.-]+)?", name)  # splits at / and \
     return f"`{path.name if not on_a_hub or path.suffix or Path(name).exists() else name}`"
 
 def _training_data(state: dict[str, Any]) -> str:
-    """In words, what a checkpoint says of its corpus: name, edition, fingerprint, and how it was split."""
+    """The corpus of a checkpoint in words: name, dataset configuration, fingerprint, split."""
     training, corpus = state.get("training_config") or {}, state.get("corpus") or {}
     data = _corpus_name(str(corpus.get("name") or training.get("dataset_name") or ""))
     if training.get("dataset_config"): data += f", edition `{training['dataset_config']}`"
@@ -72,7 +72,7 @@ def _training_data(state: dict[str, Any]) -> str:
 
 # %% ../notebooks/13b_model_card.ipynb #040aee62
 def recorded_training(folder: str | Path) -> dict[str, str]:
-    """What a checkpoint says about its training, as text by name; "not recorded" where it is silent."""
+    """Name -> text of what a checkpoint records about its training; "not recorded" for what is missing."""
     state = _read_or_nothing(Path(folder) / "trainer_state.json")
     def number(n): return f"{n:,}" if isinstance(n, int) else NOT_RECORDED
     return {"training data": _training_data(state), "steps": number(state.get("step")),
@@ -132,7 +132,7 @@ token, within the context. In {dtype} nothing was compared, and now and then ano
 
 # %% ../notebooks/13b_model_card.ipynb #8720a9f2
 def _sizes(config, dtype: str) -> dict[str, str]:
-    """The rows of the card that say how large a transformers model is."""
+    """Name -> text of the sizes of a transformers model, for the table of the card."""
     H = config.num_attention_heads
     heads = f"grouped-query, {H} heads share {config.num_key_value_heads} key/value heads"
     if config.model_type == "deepseek_v2": heads = f"latent (MLA), {H} heads, rank {config.kv_lora_rank}"

@@ -1,10 +1,10 @@
-"""Show what a model thinks of the next token, and what each setting makes of it, as numbers and as HTML.
+"""A model's probabilities of the next token, before and after every setting, as numbers and as HTML.
 
-Nothing here needs a widget or a browser; [the panel](16_generation_panel.ipynb) shows what these make.
+Nothing here needs a widget or a browser; [the panel](16_generation_panel.ipynb) shows what these return.
 
     next_token     logits and settings -> what is likely, what survives, and how uncertain the model is
     bars_html      a `NextToken` as bars          page_html     a text, each token tinted by its probability
-    Transcript     a prompt, what was written after it, and what the model thought of each token
+    Transcript     a prompt and what was written after it, with the model's probability of each token
 
     >>> import torch; from optimus.next_token import next_token
     >>> next_token(torch.tensor([2.0, 1.0, 0.0]), [0, 1, 2], temperature=0.5, top_p=0.8).survivors
@@ -29,30 +29,30 @@ from .generation import Generation, Sampling, encode_prompt, next_piece
 
 # %% ../notebooks/16b_next_token.ipynb #6c41a67b
 def entropy_bits(probabilities: Tensor) -> float:
-    """The entropy of a distribution (V,) in bits: 0 for a sure one, log2(n) for n equal choices."""
+    """The entropy of a distribution (V,) in bits: 0 for a certain outcome, log2(n) for n equal choices."""
     return -torch.special.xlogy(probabilities, probabilities).sum().item() / math.log(2) + 0.0
 
 def likeliest(logits: Tensor, n: int = 20) -> list[int]:
-    """The ids of the n largest of the logits (V,), largest first; of equals, what top-p cuts is last."""
+    """The ids of the n largest logits of (V,), largest first; equal ones in the order that top-p keeps."""
     return logits.sort().indices[-n:].flip(0).tolist()
 
 # %% ../notebooks/16b_next_token.ipynb #0802cbfd
 @dataclass(frozen=True)
 class NextToken:
-    """The next token before and after the settings: lists over the `ids` shown, numbers over all tokens."""
+    """The next-token distribution before and after the settings: lists for the `ids` shown, sums over all."""
     ids: list[int]
     before: list[float]  # the model's own probabilities
     after: list[float]  # with the temperature
-    chance: list[float]  # with the filters too: what is drawn from; 0 for what was cut
-    survivors: int
-    vocabulary: int
-    kept: float  # the share of `after` that the survivors hold
-    bits: tuple[float, float]  # entropy of the model's own distribution, and of the one drawn from
+    chance: list[float]  # with the filters too: the next token is drawn from these; 0 for a token cut off
+    survivors: int  # tokens of the vocabulary that the filters leave
+    vocabulary: int  # tokens of the vocabulary
+    kept: float  # the sum of `after` over the survivors
+    bits: tuple[float, float]  # entropy of the model's own distribution, and of the final one
 
 # %% ../notebooks/16b_next_token.ipynb #59b64bd0
 @contextmanager
 def one_thread():
-    """Inside, PyTorch computes with one thread."""
+    """A context in which PyTorch uses one thread: small work beside a running model waits less for cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try: yield
@@ -74,7 +74,7 @@ def next_token(logits: Tensor, ids: list[int], temperature: float = 1.0, **filte
 _VISIBLE = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍", "\0": "␀", "\u00a0": "⍽"})
 
 def token_label(tokenizer, i: int, max_length: int = 14) -> str:
-    """A token in at most `max_length` visible characters; what is no text by itself is named in ‹ ›."""
+    """A token in at most `max_length` visible characters; one that is not text by itself as ‹token 17›."""
     if i == tokenizer.eos_token_id: return "‹end of text›"
     text = tokenizer.decode([i])
     if not text or "\ufffd" in text: return f"‹token {i}›"
@@ -87,7 +87,7 @@ def percent(p: float) -> str:
 
 # %% ../notebooks/16b_next_token.ipynb #ce5367de
 def summary(now: NextToken) -> str:
-    """Entropy, survivors and what they hold, as a sentence."""
+    """Two sentences: the entropies, and how many tokens survive with how much probability."""
     before, after = now.bits
     return (f"Entropy {before:.2f} bits, with these settings {after:.2f}: as uncertain as {2**after:.1f} "
             f"equal choices. {now.survivors:,} of {now.vocabulary:,} tokens survive; "
@@ -101,7 +101,10 @@ def _bar_html(kind: str, before: float, after: float, chance: float, scale: floa
 
 # %% ../notebooks/16b_next_token.ipynb #515d3202
 def bars_html(now: NextToken) -> str:
-    """A row for each token shown: outlined bar before the settings, filled bar with the temperature."""
+    """HTML with one row per token shown: an outlined bar before the settings, a filled one with temperature.
+
+    A dashed edge marks the last survivor, unless it is not shown or nothing is cut.
+    """
     scale = max(now.before + now.after)
     shown = [row for row, chance in enumerate(now.chance) if chance]
     edge = shown[-1] if len(shown) == now.survivors < now.vocabulary else None
@@ -115,11 +118,11 @@ def bars_html(now: NextToken) -> str:
 # %% ../notebooks/16b_next_token.ipynb #eb70cd1d
 @dataclass
 class Piece:
-    """Whole characters that one or more tokens wrote, and the probability that the model gave them."""
+    """Whole characters that one or more tokens spell, and the probability that the model gave them."""
     text: str = ""
     ids: list[int] = field(default_factory=list)
     probability: float = 1.0  # the product over the tokens, before any setting
-    others: list[tuple[int, float]] = field(default_factory=list)  # the likeliest at the first token's place
+    others: list[tuple[int, float]] = field(default_factory=list)  # likeliest first tokens: id, probability
 
 _SHADES = ((0.5, "50 % or more"), (0.2, "20 to 50 %"), (0.05, "5 to 20 %"), (0.01, "1 to 5 %"),
            (0, "below 1 %"))
@@ -130,7 +133,7 @@ def shade(probability: float) -> int:
 
 # %% ../notebooks/16b_next_token.ipynb #b095b4f1
 def legend_html() -> str:
-    """The five tints with what they mean."""
+    """HTML that explains the five tints."""
     keys = "".join(f'<span class="k{i}">{name}</span>' for i, (_, name) in enumerate(_SHADES))
     return ('<div class="optimus-legend"><span><b>Bold</b>: the prompt. Tint: the model gave the token</span>'
             f"{keys}</div>")
@@ -145,7 +148,7 @@ def tooltip(tokenizer, piece: Piece) -> str:
 def page_html(prompt: str, pieces: list[Piece], tokenizer=None) -> str:
     """A text as HTML: prompt bold, each piece tinted, with a tooltip if there is a tokenizer.
 
-    Without its tags it is the text; the attribute `data-text` holds the text in one piece.
+    Its text content is the text; the attribute `data-text` holds the text again, for the Copy button.
     """
     def tip(piece): return f' data-tip="{html.escape(tooltip(tokenizer, piece))}"' if tokenizer else ""
     spans = "".join(f'<span class="k{shade(p.probability)}"{tip(p)}>{html.escape(p.text)}</span>'
@@ -156,7 +159,7 @@ def page_html(prompt: str, pieces: list[Piece], tokenizer=None) -> str:
 
 # %% ../notebooks/16b_next_token.ipynb #b4cf7a7f
 def _piece_to_extend(pieces: list[Piece], own: Tensor) -> Piece:
-    """The last piece while its character is incomplete, else a new one. own: probabilities (V,)."""
+    """The last piece if its character is incomplete, else a new one; own: the model's probabilities (V,)."""
     if not pieces or pieces[-1].text:
         best, ids = own.topk(min(5, len(own)))
         pieces.append(Piece(others=list(zip(ids.tolist(), best.tolist()))))
@@ -164,17 +167,17 @@ def _piece_to_extend(pieces: list[Piece], own: Tensor) -> Piece:
 
 # %% ../notebooks/16b_next_token.ipynb #1d99d02f
 class Transcript:
-    """A prompt and the pieces written after it, each with what the model thought of it.
+    """A prompt and the pieces of text after it, each with the probability that the model gave it.
 
-    `write` draws a token as `stream` does, `add` takes one that somebody has chosen. Both return False for
-    end-of-text, which is not written. The draws begin at seed 0.
+    `write` draws a token as `stream` does, `add` appends a given one. Both return False for end-of-text,
+    which is not written. Until `reseed` is called, draws use seed 0.
     """
     def __init__(self, model: nn.Module, tokenizer, prompt: str):
         tokens, size = encode_prompt(model, tokenizer, prompt, tokenizer.eos_token_id)
         self.generation = Generation(model, tokens, model.config.rope_seq_len, seed=0, vocab_size=size,
                                      use_cache=hasattr(model, "new_cache"))
         self.tokenizer, self.prompt, self.pieces, self.ended, self.seed = tokenizer, prompt, [], False, None
-        self._recent: list[int] = []  # the last tokens, for characters of several tokens
+        self._recent: list[int] = []  # the last tokens, for `next_piece`
 
     @property
     def text(self) -> str: return self.prompt + "".join(piece.text for piece in self.pieces)
@@ -182,13 +185,14 @@ class Transcript:
     def next_logits(self) -> Tensor: return self.generation.next_logits()[0].float().cpu()
 
     def reseed(self, seed: int) -> None:
-        """Draw from `seed` on, unless that is what the text was drawn with so far."""
+        """Start the draws of `seed`; if it is the seed in use, they go on where they are."""
         if seed != self.seed: self.generation.reseed(seed)
         self.seed = seed
 
     def write(self, sampling: Sampling) -> bool: return self.add(self.generation.sample(sampling).item())
 
     def add(self, i: int) -> bool:
+        """Append token `i`; returns False, and appends nothing, if it is end-of-text."""
         self.ended = i == self.tokenizer.eos_token_id
         if self.ended: return False
         own = self.generation.next_logits()[0].float().softmax(-1)  # (V,), the model's own probabilities
@@ -201,11 +205,11 @@ class Transcript:
 
 # %% ../notebooks/16b_next_token.ipynb #6574992b
 def status_line(transcripts: list[Transcript], rate: float) -> str:
-    """Speed, cache and context of some texts, as one line; `rate` in tokens a second."""
-    texts = [t.generation.text for t in transcripts]
-    window, used = texts[0].window, max(text.context.shape[1] for text in texts)
+    """One line on some transcripts: `rate` in tokens per second, cache in kB, tokens left in the context."""
+    buffers = [t.generation.buffer for t in transcripts]
+    window, used = buffers[0].window, max(buffer.context.shape[1] for buffer in buffers)
     parts = [f"{rate:.0f} tokens/s"] if rate else []
-    if caches := [cache for t in transcripts if (cache := t.generation.reader.cache) is not None]:
+    if caches := [cache for t in transcripts if (cache := t.generation.cached_model.cache) is not None]:
         total = sum(c.nbytes for c in caches)
         held = sum(c.nbytes * c.length // c.max_length for c in caches)
         parts.append(f"cache {held / 1024:,.0f} of {total / 1024:,.0f} kB")

@@ -1,11 +1,11 @@
 """Put a hand on every setting of a model, and see at once what each does to the next token and to the text.
 
-The panel is wired of parts that do not know each other. Each can be tried without the next:
+The panel is composed of parts, and each can be used without those below it:
 
-    PanelView        every widget, arranged; knows no model (`optimus.panel_view`)
-    Writer           a model, a thread and a stop flag; writes transcripts and knows no widget
+    PanelView        every widget, arranged, without a model (`optimus.panel_view`)
+    Writer           a model, a thread and a stop flag; writes transcripts, without a widget
     ModelChoices     the models that can be opened
-    GenerationPanel(model, tokenizer)      a view whose buttons move a writer, and whose pages show its texts
+    GenerationPanel(model, tokenizer)      a view whose buttons control a writer, and which shows its texts
 
 Text is shown as text whatever it holds (`html.escape`), in whole characters, at most 20 times a second.
 
@@ -41,14 +41,17 @@ from .transformer import LanguageModel, widened_on_cpu
 
 # %% ../notebooks/16_generation_panel.ipynb #f1e58f0d
 class Worker:
-    """Jobs done one after the other, by a thread that exists only while there is something to do."""
+    """Runs jobs one after the other in a thread that exists only while there are jobs.
+
+    `on_error` is called with what a job raises.
+    """
     def __init__(self, on_error: Callable[[Exception], None]):
         self.on_error, self.lock = on_error, threading.Lock()
         self.thread: threading.Thread | None = None
         self._jobs: dict[str, Callable[[], None]] = {}
 
     def submit(self, name: str, job: Callable[[], None]) -> None:
-        """Do `job` soon, in place of a waiting one of the same name."""
+        """Run `job` after those that wait; it replaces a waiting job of the same name."""
         with self.lock:
             self._jobs.pop(name, None)
             self._jobs[name] = job
@@ -67,7 +70,7 @@ class Worker:
             except Exception as error: self.on_error(error)
 
     def join(self, timeout: float | None = None) -> bool:
-        """Wait until nothing is left to do, at most `timeout` seconds; True if nothing is."""
+        """Wait until all jobs are done, at most `timeout` seconds; return whether they are."""
         thread = self.thread
         if thread is not None and thread is not threading.current_thread(): thread.join(timeout)
         return self.thread is None
@@ -75,12 +78,15 @@ class Worker:
 # %% ../notebooks/16_generation_panel.ipynb #99cbeb6f
 @dataclass(frozen=True)
 class Request:
-    """What a run must write. Each of `samplings` returns the settings of a column at the moment."""
+    """What a run must write. `samplings` holds a function for each column that returns its settings.
+
+    It is called for every token, so that a slider moved during a run has an effect.
+    """
     prompt: str
     samplings: list[Callable[[], Sampling]]
     max_new_tokens: int
     seed: int
-    fresh: bool  # begin again with the prompt, or continue the text that is there
+    fresh: bool  # True: begin again from the prompt; False: continue the texts that are there
 
     def check(self) -> None:
         """Raise ValueError for the first setting out of its range, before anything is written."""
@@ -89,30 +95,32 @@ class Request:
 
 # %% ../notebooks/16_generation_panel.ipynb #ed5b980b
 class Transcripts:
-    """One transcript a column, written by one model; `rate` is the tokens a second of the last run."""
+    """One transcript per column, all of one model; `rate` is the speed of the last run in tokens/s."""
     def __init__(self, model: nn.Module, tokenizer):
         self.model, self.tokenizer, self.rate = model, tokenizer, 0.0
-        self.items: list[Transcript] = []  # for as many columns as have been needed
+        self.items: list[Transcript] = []  # one for every column that has been shown
 
     def fill(self, prompt: str, columns: int) -> None:
-        """Make a transcript for each column that has none, with the prompt of the first, if there is one."""
+        """Add transcripts until there is one per column; the first one's prompt is used, if there is one."""
         if self.items: prompt = self.items[0].prompt
         while len(self.items) < columns: self.items.append(Transcript(self.model, self.tokenizer, prompt))
 
     def restart(self, prompt: str, columns: int) -> None:
-        """Forget all texts and go back to the prompt alone."""
+        """Replace all texts by the prompt alone."""
         self.items, self.rate = [], 0.0
         self.fill(prompt, columns)
 
-    def forget(self) -> None: self.model, self.items = None, []
+    def forget(self) -> None:
+        """Drop the model and the texts, so that their memory is freed."""
+        self.model, self.items = None, []
 
 # %% ../notebooks/16_generation_panel.ipynb #9a31bc80
-def _ready(texts: Transcripts, request: Request) -> list[Transcript]:
-    """The transcripts to write on, with the prompt (if `fresh`) and the seed of the request."""
+def _transcripts_for(texts: Transcripts, request: Request) -> list[Transcript]:
+    """The transcripts that a run continues; if `fresh`, those that are not the bare prompt begin again."""
     columns, prompt = len(request.samplings), request.prompt
     for i, old in enumerate(texts.items[:columns]):
-        used = old.pieces or old.ended or old.prompt != prompt
-        if request.fresh and used: texts.items[i] = Transcript(texts.model, texts.tokenizer, prompt)
+        is_bare = not old.pieces and not old.ended and old.prompt == prompt
+        if request.fresh and not is_bare: texts.items[i] = Transcript(texts.model, texts.tokenizer, prompt)
     texts.fill(prompt, columns)
     for transcript in texts.items[:columns]: transcript.reseed(request.seed)
     return texts.items[:columns]
@@ -120,7 +128,7 @@ def _ready(texts: Transcripts, request: Request) -> list[Transcript]:
 # %% ../notebooks/16_generation_panel.ipynb #a2417c02
 def _write_in_turn(transcripts: list[Transcript], request: Request,
                    is_stopped: Callable[[], bool]) -> Iterator[int]:
-    """Write until all have ended or enough is written; yields the tokens written so far after each round."""
+    """Write one token per transcript, round by round; yields the number of tokens so far after each round."""
     writing, written = list(zip(transcripts, request.samplings)), 0
     for _ in range(request.max_new_tokens):
         for pair in list(writing):
@@ -133,16 +141,16 @@ def _write_in_turn(transcripts: list[Transcript], request: Request,
 
 # %% ../notebooks/16_generation_panel.ipynb #0a075347
 def _error_sentence(error: Exception) -> str:
-    plain = isinstance(error, (ValueError, OSError, CheckpointError))
-    return str(error) if plain and str(error) else f"{type(error).__name__}: {error}"
+    """The message of an error that says what is wrong; any other error with the name of its class."""
+    is_plain = isinstance(error, (ValueError, OSError, CheckpointError))
+    return str(error) if is_plain and str(error) else f"{type(error).__name__}: {error}"
 
 # %% ../notebooks/16_generation_panel.ipynb #85adea72
 class Writer:
-    """Writes with one model in the background: one run at a time, which can be stopped before every token.
+    """Generates text in a background thread: one run at a time, which can be stopped before every token.
 
-    It knows no widget. `on_change(final)` is called after each round of tokens, and with True when all is
-    written; `on_running()` when `running` has changed; `say` with a sentence for the user, "" to take it
-    back.
+    `on_change(final)` is called after each round of tokens, and with True when all is written; `on_running()`
+    when `running` has changed; `say(sentence)` with a message for the user, "" to clear it.
     """
     def __init__(self, model: nn.Module, tokenizer, *, on_change: Callable[[bool], None],
                  on_running: Callable[[], None], say: Callable[[str], None]):
@@ -151,7 +159,7 @@ class Writer:
         self.worker = Worker(lambda error: say(_error_sentence(error)))
 
     def start(self, request: Request) -> None:
-        """Write what is requested; while a run is under way this does nothing."""
+        """Start a run in the background; does nothing while one is under way."""
         with self.worker.lock:
             if self.running: return
             self.running = True
@@ -159,31 +167,31 @@ class Writer:
         self.on_running()
         self.worker.submit("run", lambda: self._run(request))
 
-    def stop(self) -> None: self.stopping = True  # without a lock: an interrupt may come while it is held
+    def stop(self) -> None: self.stopping = True  # no lock: it may be held when a signal handler calls this
 
     def edit(self, name: str, change: Callable[[Transcripts], None]) -> None:
-        """Change the texts, after a run under way; a later edit replaces a waiting one of that name."""
+        """Call `change(texts)` after a run under way; it replaces a waiting edit of the same name."""
         self.worker.submit(name, lambda: (change(self.texts), self.on_change(True)))
 
     def _run(self, request: Request) -> None:
         try:
             self.say("")
             request.check()
-            transcripts, began = _ready(self.texts, request), time.perf_counter()
+            transcripts, began = _transcripts_for(self.texts, request), time.perf_counter()
             for written in _write_in_turn(transcripts, request, lambda: self.stopping):
                 self.texts.rate = written / (time.perf_counter() - began)
                 self.on_change(False)
         finally:
             try: self.on_change(True)
-            finally:  # last, because whoever sees Generate again must see the whole text
+            finally:  # last: when Generate is enabled again, the whole text is on the screen
                 self.running = False
                 self.on_running()
 
 # %% ../notebooks/16_generation_panel.ipynb #a0fbda02
-GIVEN = "the model given"
+GIVEN = "the model given"  # the label of the model that the panel was made with
 
 def _find_models(folders: Iterable[str | Path]) -> dict[str, Path | None]:
-    """Label -> folder: None for the model given, then shipped models, then runs, from the newest."""
+    """Label -> folder (None for the model given): shipped models, then runs, newest first."""
     found = {GIVEN: None} | {f"shipped: {name}": path for name, path in shipped_models().items()}
     runs = {p.resolve() for folder in folders for p in Path(folder).glob("*") if step_folders(p)}
     for run in sorted(runs, key=lambda p: -step_folders(p)[-1].stat().st_mtime):
@@ -193,18 +201,18 @@ def _find_models(folders: Iterable[str | Path]) -> dict[str, Path | None]:
 
 # %% ../notebooks/16_generation_panel.ipynb #bbeb854a
 class ModelChoices:
-    """The models that can be opened, by label; `opened` is the label of the one that is."""
+    """The models that can be opened, by label; `opened` is the label of the one in use."""
     def __init__(self, model: nn.Module, tokenizer, folders: Iterable[str | Path]):
         self.given, self.folders = (model, tokenizer), list(folders)
         self.opened, self._found = GIVEN, {GIVEN: None}
 
     def labels(self) -> list[str]:
-        """Look for models again. The open one stays in the list."""
+        """The labels of all models found now; the one in use stays in the list even if its folder is gone."""
         self._found = _find_models(self.folders) | {self.opened: self._found[self.opened]}
         return list(self._found)
 
     def open(self, label: str):
-        """(model, tokenizer) of a label, which is `opened` from now on. Raises what reading it raises."""
+        """(model, tokenizer) of a label, which becomes `opened` unless reading its folder raises an error."""
         folder = self._found[label]
         loaded = self.given if folder is None else self.load(folder)
         self.opened = label
@@ -212,78 +220,82 @@ class ModelChoices:
 
     @staticmethod
     def load(folder: str | Path):
-        """(model, tokenizer) of a saved model or of a run's newest sound checkpoint, on the best device."""
+        """(model, tokenizer) of a saved model, or of a run's newest valid checkpoint, on the best device."""
         if step_folders(folder): folder = latest_checkpoint(folder)
         return widened_on_cpu(LanguageModel.from_pretrained(folder).to(best_device())), load_tokenizer(folder)
 
 # %% ../notebooks/16_generation_panel.ipynb #a24d51ce
-class _Pace:
-    """Says when a drawing is due: `interval` seconds after the last one, or more if that was a long page."""
+class _Throttle:
+    """Limits drawings to one per `interval` seconds, and fewer if pages are long."""
     def __init__(self, interval: float): self.interval, self._next = interval, 0.0
 
     def is_due(self) -> bool: return time.monotonic() >= self._next
 
-    def drawn(self, characters: int = 0) -> None:
-        """A drawing of so many characters is done; 20,000 an interval are sent at most."""
+    def start(self, characters: int = 0) -> None:
+        """Start the wait after a drawing of so many characters: at most 20,000 per interval."""
         self._next = time.monotonic() + self.interval * max(1, characters / 20_000)
 
 # %% ../notebooks/16_generation_panel.ipynb #0172c42d
-class _Screen:
-    """Shows a writer's texts in a view. `kept` is what the bars need: (logits, likeliest ids) by column."""
+class _Renderer:
+    """Draws a writer's texts into a view. `focus` is the column whose next token the bars show.
+
+    `last_logits` keeps (logits, likeliest ids) of each column, so that bars are redrawn without the model.
+    """
     def __init__(self, view: PanelView, writer: Writer):
         self.view, self.writer, self.focus = view, writer, 0
-        self.kept: dict[int, tuple] = {}
-        self._pages, self._bars, self._drawing = _Pace(0.05), _Pace(0.25), threading.RLock()
+        self.last_logits: dict[int, tuple] = {}
+        self._page_throttle, self._bar_throttle = _Throttle(0.05), _Throttle(0.25)
+        self._lock = threading.RLock()
 
     def draw(self, final: bool = True) -> None:
-        """Show everything that is due, or, if `final`, everything."""
-        if final or self._pages.is_due(): self._draw_pages(final)
-        if final or self._bars.is_due():
-            shown = self.writer.texts.items[:len(self.view.active())]
+        """Draw what is due: the pages and the bars, each by its throttle; if `final`, both."""
+        if final or self._page_throttle.is_due(): self._draw_pages(final)
+        if final or self._bar_throttle.is_due():
+            shown = self.writer.texts.items[:len(self.view.active_columns())]
             logits = [transcript.next_logits() for transcript in shown]
-            self.kept = {i: (row, likeliest(row)) for i, row in enumerate(logits)}
+            self.last_logits = {i: (row, likeliest(row)) for i, row in enumerate(logits)}
             self.draw_bars()
-            self._bars.drawn()
+            self._bar_throttle.start()
 
     def _draw_pages(self, final: bool) -> None:
         view, texts = self.view, self.writer.texts
-        transcripts = texts.items[:len(view.active())]
-        for column, transcript in zip_longest(view.active(), transcripts):
+        transcripts = texts.items[:len(view.active_columns())]
+        for column, transcript in zip_longest(view.active_columns(), transcripts):
             column.show(view.prompt.value, transcript, with_tooltips=final)
         if transcripts: view.show_status(status_line(transcripts, texts.rate))
-        self._pages.drawn(sum(len(column.text.value) for column in view.active()))
+        self._page_throttle.start(sum(len(column.text.value) for column in view.active_columns()))
 
     def draw_bars(self) -> None:
-        """Redraw the bars of the column in focus from the logits that were kept; no model is run."""
-        with self._drawing:
-            if self.focus not in self.kept: return
+        """Redraw the bars of the column in focus from its last logits; no model is run."""
+        with self._lock:
+            if self.focus not in self.last_logits: return
             column = self.view.columns[self.focus]
             title = f"Next token, settings {column.name}" if self.view.compare.value else "Next token"
-            now = next_token(*self.kept[self.focus], **asdict(column.sampling()))
-            self.view.view.show(now, self.writer.texts.tokenizer, title)
+            now = next_token(*self.last_logits[self.focus], **asdict(column.sampling()))
+            self.view.next_token_view.show(now, self.writer.texts.tokenizer, title)
 
 # %% ../notebooks/16_generation_panel.ipynb #b5cc180b
 class _TextActions:
-    """What Generate, Continue, Clear, Compare and a new prompt do."""
-    def __init__(self, view: PanelView, writer: Writer, screen: _Screen):
-        self.view, self.writer, self.screen = view, writer, screen
+    """The actions of Generate, Continue, Clear, Compare and the prompt."""
+    def __init__(self, view: PanelView, writer: Writer, renderer: _Renderer):
+        self.view, self.writer, self.renderer = view, writer, renderer
 
     def generate(self) -> None: self.writer.start(self._request(fresh=True))
-    def go_on(self) -> None: self.writer.start(self._request(fresh=False))
+    def continue_texts(self) -> None: self.writer.start(self._request(fresh=False))
 
     def _request(self, fresh: bool) -> Request:
         view = self.view
-        return Request(view.prompt.value, [column.sampling for column in view.active()],
+        return Request(view.prompt.value, [column.sampling for column in view.active_columns()],
                        view.max_new_tokens.value, view.seed.value, fresh)
 
     def restart(self, texts: Transcripts) -> None:
-        """Back to the prompt alone; an edit for the writer."""
+        """Replace all texts by the prompt alone; called through `Writer.edit`, in its thread."""
         self.view.say("")
-        self.screen.kept = {}
-        texts.restart(self.view.prompt.value, len(self.view.active()))
+        self.renderer.last_logits = {}
+        texts.restart(self.view.prompt.value, len(self.view.active_columns()))
 
     def on_prompt_changed(self) -> None:
-        """During a run the new prompt waits for the next one."""
+        """Restart the texts with the new prompt; during a run it takes effect at the next Generate."""
         if not self.writer.running: self.writer.edit("restart", self.restart)
 
     def clear(self) -> None:
@@ -292,43 +304,44 @@ class _TextActions:
 
     def on_compare(self) -> None:
         self.view.show_compare()
-        if not self.view.compare.value: self.screen.focus = 0
-        self.writer.edit("fill", lambda texts: texts.fill(self.view.prompt.value, len(self.view.active())))
+        if not self.view.compare.value: self.renderer.focus = 0
+        def fill(texts): texts.fill(self.view.prompt.value, len(self.view.active_columns()))
+        self.writer.edit("fill", fill)
 
 # %% ../notebooks/16_generation_panel.ipynb #b598f60d
 class _TokenActions:
-    """What a moved setting, a pressed bar and Dice do."""
-    def __init__(self, view: PanelView, writer: Writer, screen: _Screen):
-        self.view, self.writer, self.screen = view, writer, screen
+    """The actions of the settings, the bars and Dice."""
+    def __init__(self, view: PanelView, writer: Writer, renderer: _Renderer):
+        self.view, self.writer, self.renderer = view, writer, renderer
 
     def randomize_seed(self) -> None: self.view.seed.value = random.SystemRandom().randrange(100_000)
 
     def on_setting_changed(self, column: int) -> None:
-        """New bars for that column, from the logits that were kept."""
-        self.screen.focus = column
-        try: self.screen.draw_bars()
+        """Focus on that column and redraw its bars from its last logits."""
+        self.renderer.focus = column
+        try: self.renderer.draw_bars()
         except ValueError as error: self.view.say(str(error))
         else: self.view.say("")
 
     def pick(self, row: int) -> None:
-        """Write the token of a bar, unless a run is under way or the text has grown meanwhile."""
-        texts, ids, column = self.writer.texts, self.view.view.ids, self.screen.focus
+        """Append the token of a bar, unless a run is under way or the text has grown since the click."""
+        texts, ids, column = self.writer.texts, self.view.next_token_view.ids, self.renderer.focus
         if self.writer.running or column >= len(texts.items) or row >= len(ids): return
         transcript, token = texts.items[column], ids[row]
-        length = transcript.generation.text.length
+        length = transcript.generation.buffer.length
         def add(texts):
-            if transcript.generation.text.length == length: transcript.add(token)
-        self.writer.edit(f"pick {time.monotonic_ns()}", add)
+            if transcript.generation.buffer.length == length: transcript.add(token)
+        self.writer.edit(f"pick {time.monotonic_ns()}", add)  # a new name: no click replaces another
 
 # %% ../notebooks/16_generation_panel.ipynb #3dac494c
 class _ModelMenu:
-    """The dropdown of models. Choosing one opens it in the background, after a run under way was stopped."""
+    """The dropdown of models. Choosing one stops a run under way and opens the model in the background."""
     def __init__(self, dropdown: widgets.Dropdown, choices: ModelChoices, writer: Writer, restart: Callable):
         self.dropdown, self.choices, self.writer, self.restart = dropdown, choices, writer, restart
-        self._is_listing = False
+        self._is_listing = False  # True while the options are set, which must not open a model
 
     def refresh(self) -> None:
-        """List the models that can be opened; the open one stays chosen."""
+        """List the models that can be opened; the one in use stays chosen."""
         self._is_listing = True
         try: self.dropdown.options, self.dropdown.value = self.choices.labels(), self.choices.opened
         finally: self._is_listing = False
@@ -349,22 +362,22 @@ class _ModelMenu:
 
 # %% ../notebooks/16_generation_panel.ipynb #6c509925
 def _connect(view: PanelView, texts: _TextActions, tokens: _TokenActions, menu: _ModelMenu) -> None:
-    """Let every control of the view do what it says."""
-    for button, act in ((view.generate_button, texts.generate), (view.continue_button, texts.go_on),
+    """Connect every control of the view to its action."""
+    for button, act in ((view.generate_button, texts.generate), (view.continue_button, texts.continue_texts),
                         (view.stop_button, texts.writer.stop), (view.clear_button, texts.clear),
                         (view.dice_button, tokens.randomize_seed), (view.refresh_button, menu.refresh)):
         button.on_click(weak_callback(act, with_event=False))
     for control, act in ((view.prompt, texts.on_prompt_changed), (view.compare, texts.on_compare),
                          (view.checkpoint, menu.choose)):
         control.observe(weak_callback(act, with_event=False), "value")
-    moved, pick = weak_callback(tokens.on_setting_changed), weak_callback(tokens.pick)
+    on_setting_changed, pick = weak_callback(tokens.on_setting_changed), weak_callback(tokens.pick)
     for i, column in enumerate(view.columns):
-        for control in column.controls: control.observe(lambda _, i=i: moved(i), "value")
-    for row, button in enumerate(view.view.buttons): button.on_click(lambda _, row=row: pick(row))
+        for control in column.controls: control.observe(lambda _, i=i: on_setting_changed(i), "value")
+    for row, button in enumerate(view.next_token_view.buttons): button.on_click(lambda _, row=row: pick(row))
 
 # %% ../notebooks/16_generation_panel.ipynb #1f84f4d8
 def _join(writer: Writer, timeout: float | None) -> bool:
-    """Wait until all work is done, at most `timeout` seconds; True if it is. An interrupt stops the run."""
+    """Wait until all work is done, at most `timeout` seconds; return whether it is. Ctrl-C stops the run."""
     try: return writer.worker.join(timeout)
     except KeyboardInterrupt:
         writer.stop()
@@ -372,33 +385,33 @@ def _join(writer: Writer, timeout: float | None) -> bool:
         raise
 
 # %% ../notebooks/16_generation_panel.ipynb #55b3220b
-def _wire(panel: PanelView, choices: ModelChoices) -> None:
-    """Give the panel its writer, screen, menu and actions, and connect its controls to them."""
-    writer = Writer(*choices.given, on_change=lambda final: panel.screen.draw(final), say=panel.say,
+def _compose(panel: PanelView, choices: ModelChoices) -> None:
+    """Make the writer, renderer, menu and actions of the panel, and connect its controls to them."""
+    writer = Writer(*choices.given, on_change=lambda final: panel.renderer.draw(final), say=panel.say,
                     on_running=lambda: panel.show_running(writer.running))
-    panel.choices, panel.writer, panel.screen = choices, writer, _Screen(panel, writer)
-    panel.text_actions = _TextActions(panel, writer, panel.screen)
-    panel.token_actions = _TokenActions(panel, writer, panel.screen)
+    panel.choices, panel.writer, panel.renderer = choices, writer, _Renderer(panel, writer)
+    panel.text_actions = _TextActions(panel, writer, panel.renderer)
+    panel.token_actions = _TokenActions(panel, writer, panel.renderer)
     panel.menu = _ModelMenu(panel.checkpoint, choices, writer, panel.text_actions.restart)
     panel.menu.refresh()
     _connect(panel, panel.text_actions, panel.token_actions, panel.menu)
 
 # %% ../notebooks/16_generation_panel.ipynb #fe63e6e8
 class GenerationPanel(PanelView):
-    """A panel that writes with `model`: live sliders, the next token as bars, and a tooltip for every token.
+    """A widget that generates text with `model`: live settings, next-token bars, a tooltip for every token.
 
     `prompt`, `temperature`, `top_p`, `top_k` (0 is off), `min_p`, `max_new_tokens`, `seed`, `checkpoint` and
     `compare` are widgets; `generate_button`, `stop_button`, `continue_button`, `clear_button` may be clicked
     from Python. `text.value` is the text as HTML, `written` the same as a string; `join(timeout)` waits for
-    all work. It writes what `stream` writes with the same settings and seed; settings moved during a run hold
-    from the next token on. A new panel stops the runs of earlier ones; so does an interrupt of the kernel.
+    all work. It writes what `stream` writes with the same settings and seed; a changed setting applies from
+    the next token on. A new panel stops the runs of earlier ones; so does an interrupt of the kernel.
     """
     def __init__(self, model: nn.Module, tokenizer, prompt: str = "",
                  folders: Iterable[str | Path] = ("checkpoints",)):
         end_all_runs()
         super().__init__()
         self.prompt.value = prompt
-        _wire(self, ModelChoices(model, tokenizer, folders))
+        _compose(self, ModelChoices(model, tokenizer, folders))
         register(self)
         self.text_actions.on_compare()
 
@@ -416,12 +429,12 @@ class GenerationPanel(PanelView):
     def stop(self) -> None: self.writer.stop()
 
     def join(self, timeout: float | None = None) -> bool:
-        """Wait until all work is done, at most `timeout` seconds; True if it is. An interrupt stops a run."""
+        """Wait until all work is done, at most `timeout` seconds; return whether it is. Ctrl-C stops it."""
         return _join(self.writer, timeout)
 
     def close(self) -> None:
-        """End the run and its thread, and let go of widgets, models and texts."""
-        if not hasattr(self, "writer"): return super().close()  # the arguments were refused
+        """Stop the run and its thread, and free widgets, models and texts."""
+        if not hasattr(self, "writer"): return super().close()  # __init__ has raised
         self.stop()
         self.writer.worker.join(5)
         super().close()

@@ -2,7 +2,7 @@
 
 For [the panel](16_generation_panel.ipynb), or any widget with `stop()`, `join(seconds)` and `close()`:
 
-    register(panel)           from now on it ends as it should; closes the one it replaces
+    register(panel)           interrupts stop its run from now on; closes the panel that it replaces
     weak_callback(method)     a callback that does not keep the panel alive
     close_children(widget)    close everything below a widget
     end_all_runs()            stop every run of every panel, and wait for it
@@ -28,9 +28,9 @@ import ipywidgets as widgets
 
 # %% ../notebooks/16e_panel_lifetime.ipynb #e0a9a69e
 def weak_callback(method: Callable, with_event: bool = True) -> Callable:
-    """`method` as a callback that does not keep its object alive and does nothing once the object is gone.
+    """`method` as a callback with a weak reference to its object; it does nothing once the object is freed.
 
-    Without `with_event` the method is called without the argument that says what has happened.
+    With `with_event=False` the method is called without the arguments of the event.
     """
     reference = weakref.WeakMethod(method)
     def call(*event):
@@ -60,7 +60,7 @@ def close_children(widget: widgets.Widget) -> None:
         if isinstance(part := getattr(widget, name, None), widgets.Widget): part.close()
 
 def _forget(widget: widgets.Widget) -> None:
-    """Take a widget out of ipywidgets' registry, so that it is freed when nobody holds it any more."""
+    """Remove a widget from ipywidgets' registry, so that it is freed with its last other reference."""
     widgets.widget._instances.pop(widget.model_id, None)
     if widget.comm is not None: widget.comm.on_msg(weak_callback(widget._handle_msg))
 
@@ -68,11 +68,11 @@ def _forget(widget: widgets.Widget) -> None:
 open_panels: weakref.WeakSet = weakref.WeakSet()
 
 def stop_all_runs(number: int = 0, frame=None) -> None:
-    """Stop every run without waiting for it. May be the handler of a signal."""
+    """Stop every run without waiting for it. Has the arguments of a signal handler, to be used as one."""
     for panel in list(open_panels): panel.stop()
 
 def handle_interrupts(cell=None) -> None:
-    """From now on SIGINT stops all runs, and then does what it did before. `cell` is ignored."""
+    """Make SIGINT stop all runs before its present handler is called. `cell` is what IPython passes."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread(): return  # only there may handlers be set
     if not callable(before) or hasattr(before, "before"): return
@@ -88,16 +88,17 @@ def _handle_interrupts_of_kernel() -> None:
     handle_interrupts()
     kernel = getattr(_notebook_shell(), "kernel", None)
     if not hasattr(kernel, "saved_sigint_handler"): return
-    kernel.saved_sigint_handler = stop_all_runs  # what ipykernel puts back when this cell is done
+    kernel.saved_sigint_handler = stop_all_runs  # ipykernel's handler between cells
     events = _notebook_shell().events
     known = events.callbacks["pre_run_cell"]
     if handle_interrupts not in known: events.register("pre_run_cell", handle_interrupts)
 
 # %% ../notebooks/16e_panel_lifetime.ipynb #0da0e823
 def register(panel) -> None:
-    """Let a panel end as it should: it replaces that of an earlier run of its cell, and interrupts stop it.
+    """Close the panel of an earlier run of the same cell, and let interrupts stop this one from now on.
 
-    Needs `stop()`, `join(seconds)` and `close()`. Outside a notebook it is freed when nobody holds it.
+    `panel` needs `stop()`, `join(seconds)` and `close()`. Outside a notebook it is freed with the last
+    reference to it.
     """
     panel.cell = _running_cell()
     for old in list(open_panels) if panel.cell else ():

@@ -1,6 +1,6 @@
 """Every slider, button and page in its place; nothing happens yet.
 
-    Column           four settings, and the page of the text written with them
+    Column           four settings, and the text written with them
     NextTokenView    the likeliest next tokens as bars that can be pressed
     PanelView        all of it, arranged in rows
 
@@ -25,10 +25,10 @@ from .next_token import (NextToken, Transcript, bars_html, legend_html, page_htm
 from .panel_style import COPY_BUTTON, STYLE
 
 # %% ../notebooks/16d_panel_view.ipynb #05d87be6
-_NAME_WIDTH, _EVEN_WIDTH = {"description_width": "initial"}, {"description_width": "82px"}
+_FIT_NAME, _ALIGN_NAMES = {"description_width": "initial"}, {"description_width": "82px"}
 
 class WholeNumber(widgets.IntText):
-    """An IntText in which None is 0."""
+    """An IntText that reads None as 0, so that `top_k.value = None` switches top-k off."""
     value = traitlets.CInt(0, allow_none=True).tag(sync=True)
 
     @traitlets.observe("value")
@@ -36,26 +36,26 @@ class WholeNumber(widgets.IntText):
         if change["new"] is None: self.value = 0
 
 def _slider(name: str, value: float, low: float, high: float, step: float) -> widgets.FloatSlider:
-    slider = widgets.FloatSlider(value, min=low, max=high, step=step, description=name, style=_EVEN_WIDTH,
+    slider = widgets.FloatSlider(value, min=low, max=high, step=step, description=name, style=_ALIGN_NAMES,
                                  readout_format=".2f", layout=widgets.Layout(width="auto"))
     return slider.add_class("optimus-slider")
 
 # %% ../notebooks/16d_panel_view.ipynb #b423c1f3
 def _page(prompt: str, transcript: Transcript | None, with_tooltips: bool) -> str:
-    """The HTML of a transcript; without one, of the prompt alone."""
+    """The HTML of a transcript, or of the prompt alone if there is none; tooltips make it much longer."""
     if transcript is None: return page_html(prompt, [])
     return page_html(transcript.prompt, transcript.pieces, transcript.tokenizer if with_tooltips else None)
 
 # %% ../notebooks/16d_panel_view.ipynb #fbc6385c
 class Column:
-    """Four settings, and the page of the text written with them."""
+    """The widgets of one text: sliders for its four settings, and the page that shows it."""
     def __init__(self, name: str, temperature: float, top_p: float):
-        self.name, self._judged = name, (None, None)  # settings, and the Sampling made of them
+        self.name, self._last_sampling = name, (None, None)  # values, and their Sampling
         self.temperature = _slider("temperature", temperature, 0, 2, 0.05)
         self.top_p = _slider("top-p", top_p, 0.01, 1, 0.01)
         self.min_p = _slider("min-p", 0, 0, 1, 0.01)
         narrow = widgets.Layout(width="160px")
-        self.top_k = WholeNumber(0, description="top-k", style=_EVEN_WIDTH, layout=narrow)
+        self.top_k = WholeNumber(0, description="top-k", style=_ALIGN_NAMES, layout=narrow)
         for control in (self.min_p, self.top_k): control.tooltip = "0 is off"
         self.controls = [self.temperature, self.top_p, self.min_p, self.top_k]
         self.title = widgets.HTML(f"<b>{name}</b>").add_class("optimus-name")
@@ -63,19 +63,20 @@ class Column:
         self.box = widgets.VBox([self.title, *self.controls, self.text]).add_class("optimus-column")
 
     def sampling(self) -> Sampling:
-        """The settings of this moment; a filter at its end is off. ValueError if one is out of its range."""
+        """The current settings; a filter is off (None) at 0, top-p at 1. Raises ValueError."""
         top_p, min_p, top_k = self.top_p.value, self.min_p.value, self.top_k.value
         values = self.temperature.value, top_k or None, None if top_p == 1 else top_p, min_p or None
-        if values != self._judged[0]: self._judged = values, Sampling(*values)  # one write, for two threads
-        return self._judged[1]
+        if values != self._last_sampling[0]:
+            self._last_sampling = values, Sampling(*values)  # one assignment, because two threads come here
+        return self._last_sampling[1]
 
     def show(self, prompt: str, transcript: Transcript | None, with_tooltips: bool) -> None:
-        """Show a transcript, or the prompt alone."""
+        """Show a transcript, or the prompt alone if it is None."""
         self.text.value = _page(prompt, transcript, with_tooltips)
 
 # %% ../notebooks/16d_panel_view.ipynb #b10c2df3
-def _label(buttons: list[widgets.Button], ids: list[int], tokenizer) -> None:
-    """Write the tokens on the buttons, and hide the buttons that are left over."""
+def _label_buttons(buttons: list[widgets.Button], ids: list[int], tokenizer) -> None:
+    """Label one button per token, and hide the buttons that are left over."""
     for row, button in enumerate(buttons):
         button.layout.display = None if row < len(ids) else "none"
         if row >= len(ids): continue
@@ -84,7 +85,7 @@ def _label(buttons: list[widgets.Button], ids: list[int], tokenizer) -> None:
 
 # %% ../notebooks/16d_panel_view.ipynb #86f84b89
 class NextTokenView(widgets.VBox):
-    """The likeliest next tokens: one HTML for all bars, a button over each. `ids` are the tokens shown."""
+    """The likeliest next tokens as bars (one HTML widget) with a button over each; `ids` are those shown."""
     def __init__(self, rows: int = 20):
         self.ids: list[int] = []
         self.head = widgets.HTML().add_class("optimus-head")
@@ -95,12 +96,12 @@ class NextTokenView(widgets.VBox):
         self.add_class("optimus-view")
 
     def show(self, now: NextToken, tokenizer, title: str) -> None:
-        """Redraw. The buttons are touched only when the tokens have changed, not when a slider has moved."""
+        """Draw the bars of `now`. The buttons change only if the tokens do: a moved slider keeps them."""
         self.head.value = (f"<b>{html.escape(title)}</b><div>{summary(now)}</div>"
                            '<div class="optimus-header"><span>token</span><span><i></i> model '
                            "<b></b> tempered</span><span>model</span><span>drawn</span></div>")
         self.bars.value = bars_html(now)
-        if now.ids != self.ids: _label(self.buttons, now.ids, tokenizer)
+        if now.ids != self.ids: _label_buttons(self.buttons, now.ids, tokenizer)
         self.ids = now.ids
 
 # %% ../notebooks/16d_panel_view.ipynb #e061ef64
@@ -108,13 +109,13 @@ def _button(name: str, tooltip: str = "", **more) -> widgets.Button:
     return widgets.Button(description=name, tooltip=tooltip, **more)
 
 def _number(name: str, value: int) -> widgets.IntText:
-    return widgets.IntText(value, description=name, style=_NAME_WIDTH, layout=widgets.Layout(width="150px"))
+    return widgets.IntText(value, description=name, style=_FIT_NAME, layout=widgets.Layout(width="150px"))
 
 def _row(*children) -> widgets.HBox: return widgets.HBox(children).add_class("optimus-row")
 
 # %% ../notebooks/16d_panel_view.ipynb #8a53871a
 class PanelView(widgets.VBox):
-    """Every widget of the panel, arranged. It knows no model, and nothing happens at a click."""
+    """Every widget of the panel, arranged. It uses no model, and a click on a button does nothing yet."""
     def __init__(self):
         self.columns = [Column("A", 0.8, 0.95), Column("B", 0.8, 0.5)]
         first = self.columns[0]
@@ -132,15 +133,15 @@ class PanelView(widgets.VBox):
         self.compare.tooltip = "two settings, one prompt, one seed"
         self.max_new_tokens, self.seed = _number("new tokens", 200), _number("seed", 0)
         wide = widgets.Layout(width="270px")
-        self.checkpoint = widgets.Dropdown(description="model", style=_NAME_WIDTH, layout=wide)
-        self.status, self.message, self.view = widgets.HTML(), widgets.HTML(), NextTokenView()
-        super().__init__(_arranged(self))
+        self.checkpoint = widgets.Dropdown(description="model", style=_FIT_NAME, layout=wide)
+        self.status, self.message, self.next_token_view = widgets.HTML(), widgets.HTML(), NextTokenView()
+        super().__init__(_rows(self))
         self.add_class("optimus-panel")
 
-    def active(self) -> list[Column]: return self.columns if self.compare.value else self.columns[:1]
+    def active_columns(self) -> list[Column]: return self.columns if self.compare.value else self.columns[:1]
 
     def say(self, sentence: str) -> None:
-        """Show a sentence to the user; "" takes it back."""
+        """Show the user a sentence; "" clears it."""
         line = f'<div class="optimus-error" role="alert">{html.escape(sentence)}</div>'
         self.message.value = line if sentence else ""
 
@@ -148,18 +149,18 @@ class PanelView(widgets.VBox):
         self.status.value = f'<div class="optimus-status" role="status">{sentence}</div>'
 
     def show_running(self, running: bool) -> None:
-        """Only Stop can be pressed during a run, only the others between runs."""
+        """Enable Stop during a run, Generate and Continue between runs."""
         for button in (self.generate_button, self.continue_button): button.disabled = running
         self.stop_button.disabled = not running
 
     def show_compare(self) -> None:
-        """Show or hide the second column."""
+        """Show or hide the second column, as the Compare button says."""
         for part in (self.columns[1].box, self.columns[0].title):
             part.layout.display = None if self.compare.value else "none"
         (self.add_class if self.compare.value else self.remove_class)("optimus-comparing")
 
 # %% ../notebooks/16d_panel_view.ipynb #090d96ae
-def _arranged(view: PanelView) -> list[widgets.Widget]:
+def _rows(view: PanelView) -> list[widgets.Widget]:
     """The rows of the panel, from top to bottom."""
     pair = widgets.HBox([column.box for column in view.columns]).add_class("optimus-pair")
     left = widgets.VBox([pair, widgets.HTML(legend_html()), view.status]).add_class("optimus-left")
@@ -167,4 +168,4 @@ def _arranged(view: PanelView) -> list[widgets.Widget]:
             _row(view.generate_button, view.stop_button, view.continue_button, view.clear_button,
                  widgets.HTML(COPY_BUTTON), view.compare),
             _row(view.checkpoint, view.refresh_button, view.max_new_tokens, view.seed, view.dice_button),
-            view.message, widgets.HBox([left, view.view]).add_class("optimus-main")]
+            view.message, widgets.HBox([left, view.next_token_view]).add_class("optimus-main")]

@@ -1,10 +1,10 @@
-"""A model is two files, and opening one means asking whether its names and shapes are those that its sizes call for.
+"""A saved model is two files, sizes and weights, and the weights are used only if their names and shapes fit the sizes.
 
     <folder>/config.json           the fields of a ModelConfig
     <folder>/model.safetensors     every tensor once, by name (or shards, and an index that names them)
 
-`find_model` finds the folder, by path or by the name of a shipped model. `weights_of` takes the tensors out of a model
-and `model_from` puts them into a new one; both know that a tied head is stored once. `LanguageModel.save_pretrained`
+`find_model` finds the folder, by path or by the name of a shipped model. `weights_of` returns the tensors of a model
+and `model_from` builds a model from them; both handle tied embeddings, which are stored once. `LanguageModel.save_pretrained`
 and `LanguageModel.from_pretrained` are short forms of `save_model` and `open_model`.
 
     >>> from optimus.pretrained import find_model, saved_config
@@ -32,22 +32,22 @@ from .files import atomic_path, package_folder, write_atomically
 
 # %% ../notebooks/08b_pretrained.ipynb #2c166c81
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a LanguageModel by name, detached and contiguous; a tied head is left out."""
+    """The tensors of a LanguageModel by name, detached and contiguous, without a tied head."""
     state = {name: x.detach().contiguous() for name, x in model.state_dict().items()}
     if model.config.tie_embeddings: del state["head.weight"]
     return state
 
 # %% ../notebooks/08b_pretrained.ipynb #b294513f
 def expected_shapes(build: Callable[[ModelConfig], nn.Module], config: ModelConfig) -> dict[str, tuple]:
-    """Name -> shape of the tensors that `weights_of` gives for a model of these sizes; allocates nothing."""
+    """Name -> shape of the tensors that `weights_of` returns for a model of this config; uses no memory."""
     with torch.device("meta"): return shapes_of(weights_of(build(config)))
 
 def shapes_of(weights: dict[str, Tensor]) -> dict[str, tuple]:
-    """Name -> shape of tensors by name."""
+    """Name -> shape of the tensors `weights`."""
     return {name: tuple(x.shape) for name, x in weights.items()}
 
 def first_difference(found: dict[str, tuple], wanted: dict[str, tuple]) -> str | None:
-    """The alphabetically first name under which two tables of shapes differ; None if they are equal."""
+    """The alphabetically first name whose shape differs or is missing in one; None if they are equal."""
     return next((name for name in sorted(found.keys() | wanted.keys())
                  if found.get(name) != wanted.get(name)), None)
 
@@ -56,7 +56,7 @@ def model_from(build: Callable[[ModelConfig], nn.Module], config: ModelConfig, w
                source: str | Path) -> nn.Module:
     """`build(config)` in eval mode with `weights` as its tensors, which are assigned and not copied.
 
-    Raises ValueError that names `source` and the first tensor whose name or shape does not fit `config`.
+    Raises ValueError if a name or shape does not fit `config`; it names `source` and the first such tensor.
     """
     with torch.device("meta"): model = build(config)
     found, wanted = shapes_of(weights), shapes_of(weights_of(model))
@@ -80,20 +80,20 @@ def save_model(model: nn.Module, folder: Path) -> None:
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
 def check_not_pointer(path: Path) -> None:
-    """Raise ValueError if the file is a Git LFS pointer, which stands in place of the real one."""
+    """Raise ValueError if the file is a Git LFS pointer: three lines of text instead of the content."""
     with open(path, "rb") as file: beginning = file.read(len(_POINTER))
     if beginning == _POINTER:
         raise ValueError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` beside it")
 
 # %% ../notebooks/08b_pretrained.ipynb #f9e4c461
 def _shards_of(index: Path) -> list[Path]:
-    """The files that model.safetensors.index.json names, all in its folder; ValueError otherwise."""
+    """The weight files that model.safetensors.index.json names. Raises ValueError for a missing one."""
     check_not_pointer(index)
     try: names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{index} has no weight_map from the names of tensors to those of files") from None
     for name in names:
-        if not str(name).endswith(".safetensors") or PureWindowsPath(name).name != name:  # splits at / and \
+        if not str(name).endswith(".safetensors") or PureWindowsPath(name).name != name:  # / or \ in it
             raise ValueError(f"{index} names {str(name)!r}, which is no .safetensors file of its folder")
         if not (index.parent / name).is_file():
             raise ValueError(f"{index.parent} is incomplete: it lacks {name}, one of {len(names)} files")
@@ -126,7 +126,7 @@ def find_folder(path_or_name: str | Path) -> Path:
 
 # %% ../notebooks/08b_pretrained.ipynb #da5e5558
 def find_model(path_or_name: str | Path) -> Path:
-    """The folder of a saved model, or of a shipped one by name. ValueError says what is missing."""
+    """The folder of a saved model, or of a shipped one by name. Raises ValueError naming what is missing."""
     folder = find_folder(path_or_name)
     if not folder.is_dir():
         raise ValueError(f"no model {str(path_or_name)!r}: it is not a folder, and the shipped models are: "
@@ -151,7 +151,7 @@ def saved_config(path_or_name: str | Path) -> ModelConfig:
 
 # %% ../notebooks/08b_pretrained.ipynb #7e890e9e
 def _read_files(folder: Path) -> dict[str, Tensor]:
-    """The tensors of all weight files of a folder by name, each in its own dtype."""
+    """The tensors of all weight files of a folder by name, each in the dtype of its file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     state = {}
@@ -171,9 +171,9 @@ def read_weights(folder: Path, dtype: torch.dtype | None = None) -> dict[str, Te
 
     Raises ValueError for a file that cannot be read, or that holds other than floating-point numbers.
     """
-    state, kinds = _read_files(folder), (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    state, dtypes = _read_files(folder), (torch.bfloat16, torch.float16, torch.float32, torch.float64)
     for name, x in state.items():
-        if x.dtype not in kinds: raise ValueError(f"{name} in {folder} is {x.dtype}, not one of {kinds}")
+        if x.dtype not in dtypes: raise ValueError(f"{name} in {folder} is {x.dtype}, not one of {dtypes}")
     if state: dtype = dtype or functools.reduce(torch.promote_types, (x.dtype for x in state.values()))
     return {name: x.to(dtype) for name, x in state.items()}
 
@@ -182,8 +182,8 @@ def open_model(build: Callable[[ModelConfig], nn.Module], path_or_name: str | Pa
                dtype: torch.dtype | None = None) -> nn.Module:
     """The model of a folder that `save_model` wrote, or a shipped one by name, in eval mode.
 
-    Opens config.json and the weights (model.safetensors, or shards and their index), nothing else. `dtype` as
-    in `read_weights`. Raises ValueError that says what is wrong.
+    Reads config.json and the weights (model.safetensors, or shards and their index), nothing else. `dtype` is
+    that of `read_weights`. Raises ValueError that says what is wrong.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype must be a floating-point torch.dtype, or None, got {dtype!r}")
@@ -192,6 +192,9 @@ def open_model(build: Callable[[ModelConfig], nn.Module], path_or_name: str | Pa
 
 # %% ../notebooks/08b_pretrained.ipynb #26a1d6e4
 def widened_on_cpu(model: nn.Module) -> nn.Module:
-    """`model` itself, with its weights converted to float32 if they lie on a CPU and have 16 bits."""
+    """`model` itself, its weights converted to float32 if they have 16 bits and lie on a CPU.
+
+    A CPU without 16-bit instructions is hundreds of times slower with them.
+    """
     narrow = any(p.device.type == "cpu" and p.dtype.itemsize < 4 for p in model.parameters())
     return model.float() if narrow else model

@@ -2,10 +2,10 @@
 
 A **rank** is one of the processes that train together. The training loop is written once, for any number of them:
 
-    Ranks               what ranks do together, in the form for a single process
-    SINGLE_PROCESS      the object of this form
+    Ranks               the collective operations, here for a single process
+    SINGLE_PROCESS      an instance of it
     gather_rng_state    the random states of all ranks, for a checkpoint
-    restore_rng_state   the reverse, also on another number of ranks
+    restore_rng_state   the reverse, even on another number of ranks
 
     >>> SINGLE_PROCESS.all_max(3, 5)
     [3, 5]"""
@@ -30,14 +30,14 @@ from .transformer import LanguageModel
 
 # %% ../notebooks/12b_many_processes.ipynb #2b7f2634
 class Ranks:
-    """What the processes of a run, its ranks, do together. This form is for a single one and sends nothing.
+    """The collective operations of a run's processes (ranks); this base class is for a single process.
 
     rank, world_size, device     this process's number, how many there are, its device (None: any)
     all_sum(x)                   sum of a tensor over all ranks (all-reduce SUM)
     all_max(*numbers)            element-wise maximum (all-reduce MAX): a stop request on one rank stops all
     all_gather(value)            list of the values of all ranks
     on_rank_zero(work)           on every rank what `work()` returns on rank 0; its error is raised on all
-    wrap(model, device)          the model ready to train; its optimizer is made afterwards
+    wrap(model, device)          the model ready to train; make its optimizer after this call
     micro_batch(model, is_last)  context of one micro-batch; gradients are exchanged in the last one only
     loss(model, x, y)            mean loss of this rank's sequences; out of memory on one is raised on all
     all_ranks_ran_out(error)     True if all ranks raised this out-of-memory error in the same micro-batch
@@ -70,13 +70,13 @@ SINGLE_PROCESS = Ranks()
 
 # %% ../notebooks/12b_many_processes.ipynb #d9a2f76b
 def gather_rng_state(ranks: Ranks, device: torch.device) -> dict[str, Any]:
-    """The states of the random generators of all ranks; those of rank 0 are at the top level."""
+    """The random states of all ranks under "ranks"; those of rank 0 are at the top level, too."""
     states = ranks.all_gather(rng_state(device))
     return {**states[0], "ranks": states} if ranks.world_size > 1 else states[0]
 
 # %% ../notebooks/12b_many_processes.ipynb #7c46348d
 def restore_rng_state(ranks: Ranks, states: dict[str, Any], device: torch.device) -> None:
-    """Reverse `gather_rng_state`. On another number of ranks only rank 0 takes up its saved state."""
+    """Reverse `gather_rng_state`. If the number of ranks has changed, only rank 0 restores its state."""
     saved = states.get("ranks", [])
     if len(saved) == ranks.world_size: states = saved[ranks.rank]
     elif ranks.rank: return

@@ -3,7 +3,7 @@
 What happened at every step, in two places:
 
     History      history.jsonl, one JSON object a step; exact, and required
-    TensorBoard  the same numbers for TensorBoard's window; when its disk refuses, the run goes on without it
+    TensorBoard  the same numbers for TensorBoard's window; when it cannot be written, the run goes on without it
     RunLog       both, for the rank that writes
 
     >>> parse_row(b'{"step": 3, "loss": null}')
@@ -65,7 +65,7 @@ class History:
 
     def close(self) -> None:
         if self.file:
-            with contextlib.suppress(OSError): self.file.close()  # no byte waits in it
+            with contextlib.suppress(OSError): self.file.close()  # it is not buffered
 
 # %% ../notebooks/11c_run_log.ipynb #0099e2b5
 def _write_last_row(history: History) -> None:

@@ -1,9 +1,9 @@
 """Find out which run is meant, hold its folder alone, and refuse to go on with what would be another experiment.
 
-A **run** is a folder with checkpoints, a history and a few small notes. Whoever trains asks one object about it:
+A **run** is a folder with checkpoints, a history and a few small files. `Run` is the object that training uses for it:
 
-    Run.find        which run is this? `run_name`, the newest one, or a new one; nothing is made
-    run.open()      holds its folder, and on resume finds the newest sound checkpoint
+    Run.find        which run is this? `run_name`, the newest one, or a new one; creates nothing
+    run.open()      locks its folder, and on resume finds the newest undamaged checkpoint
     run.check_same  refuses settings, texts or a tokenizer that would make another experiment
 
     >>> find_run_folder(TrainingConfig(checkpoint_dir="nowhere"), resume=False).name
@@ -42,12 +42,12 @@ def _newest_run(root: Path, numbers: dict[Path, int]) -> str:
         raise ValueError(f"there is no run to resume in {root}: name one (training.run_name), or start one "
                          "without --resume (in Python: without resume=True)")
     highest = max(numbers[folder] for folder in begun)
-    candidates = [folder for folder in begun if numbers[folder] in (0, highest)]  # 0: a name, no number
+    candidates = [folder for folder in begun if numbers[folder] in (0, highest)]  # 0: a custom name
     return max(candidates, key=lambda folder: (folder / "history.jsonl").stat().st_mtime_ns).name
 
 # %% ../notebooks/11b_runs.ipynb #90a55d70
 def find_run_folder(config: TrainingConfig, resume: bool) -> Path:
-    """The run's folder: `run_name`, else the next free run-NNN, or on resume the newest run. Nothing is made.
+    """The run's folder: `run_name`, else the next free run-NNN, or on resume the newest run. Creates nothing.
 
     The newest is the run-NNN of the highest number or a custom-named run: whichever took a step last. Raises
     ValueError when there is nothing to resume, or when a new run would write into a folder with checkpoints.
@@ -64,7 +64,7 @@ def find_run_folder(config: TrainingConfig, resume: bool) -> Path:
 
 # %% ../notebooks/11b_runs.ipynb #e0ea43f6
 def create_run_folder(config: TrainingConfig, resume: bool) -> Path:
-    """`find_run_folder`, created and tried for writing. Raises CheckpointError when it cannot be written."""
+    """The folder of `find_run_folder`, created. Raises CheckpointError if it cannot be written."""
     try:
         folder = find_run_folder(config, resume)
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,12 +78,12 @@ def create_run_folder(config: TrainingConfig, resume: bool) -> Path:
 # %% ../notebooks/11b_runs.ipynb #c254f766
 @contextlib.contextmanager
 def lock_run(folder: Path, ranks, seconds: float = 10) -> Iterator[None]:
-    """Hold the run's folder: rank 0 of `ranks` takes its lock.
+    """A context in which rank 0 holds the lock of the run's folder, so no other process trains in it.
 
-    Raises ValueError if another process has it for `seconds`.
+    Raises ValueError if another process has held it for `seconds`.
     """
     from filelock import FileLock, Timeout
-    lock = FileLock(folder / ".lock", timeout=seconds)  # a killed run's data workers live on a while
+    lock = FileLock(folder / ".lock", timeout=seconds)  # a killed run may hold it a little longer
     def take():
         try: lock.acquire()
         except Timeout:
@@ -117,13 +117,13 @@ def saved_settings(run_folder: Path) -> tuple[ModelConfig, TrainingConfig] | Non
 
 # %% ../notebooks/11b_runs.ipynb #19173dbf
 def write_micro_batch_hint(folder: Path, asked: int | None, fits: int, device: str, rank: int = 0) -> None:
-    """Leave a note that `fits` sequences at once are to be tried on `device` when `asked` was the setting."""
+    """Record that a resume with micro_batch_size `asked` shall try `fits` sequences at once on `device`."""
     hint = {"asked": asked, "fits": fits, "device": device}
     write_whole(folder / "micro_batch_size", json_text(hint), writer=f"-{rank}")
 
 # %% ../notebooks/11b_runs.ipynb #ca1b644d
 def micro_batch_hint(folder: Path, asked: int | None, device: str) -> int | None:
-    """The size that `write_micro_batch_hint` has left for this setting and device, or None."""
+    """The size that `write_micro_batch_hint` recorded for this setting and device, or None."""
     note = read_json(folder / "micro_batch_size")
     same = note.get("device", device) == device  # older notes name no device
     fits = note.get("fits") if same and note.get("asked") == asked else None
@@ -144,15 +144,15 @@ def _changed_settings(saved: dict[str, Any], new: dict[str, Any]) -> Iterator[tu
 
 # %% ../notebooks/11b_runs.ipynb #dba333f5
 def check_same_settings(saved: dict[str, Any], new: dict[str, Any], diverged: bool = False) -> None:
-    """Raise ValueError naming the first setting that makes another experiment of the saved run.
+    """Raise ValueError that names the first setting whose change would make this another experiment.
 
-    A larger max_steps or num_epochs is a warning; so is a smaller learning rate if the run has `diverged`.
+    A larger max_steps or num_epochs is only a warning; so is a lower learning rate after the run `diverged`.
     """
     for part, name, old, value in _changed_settings(saved, new):
         longer = name in ("max_steps", "num_epochs") and old and value and value > old
         rates = diverged and name in ("learning_rate", "min_learning_rate")
-        calmer = rates and (value or 0) < (old or math.inf)
-        if not longer and not calmer:
+        lower_rate = rates and (value or 0) < (old or math.inf)
+        if not longer and not lower_rate:
             raise ValueError(f"cannot resume: {part}.{name} was {old!r} in the saved run and is "
                              f"{value!r} now; give the saved value, or start another run without "
                              "--resume (in Python: without resume=True)")
@@ -163,7 +163,7 @@ def check_same_settings(saved: dict[str, Any], new: dict[str, Any], diverged: bo
 # %% ../notebooks/11b_runs.ipynb #03406ac6
 def check_same_corpus(checkpoint: Path, saved: dict[str, Any], new: dict[str, Any],
                       tokenizer: Tokenizer) -> None:
-    """Raise ValueError when a run would go on with other texts or another tokenizer than before."""
+    """Raise ValueError if a resumed run would train on other texts or with another tokenizer than before."""
     before, now = saved.get("corpus", {}), new["corpus"]
     if before.get("fingerprint", now["fingerprint"]) == now["fingerprint"]: return
     otherwise = "or begin a new run without --resume (in Python: without resume=True)"
@@ -178,7 +178,7 @@ def check_same_corpus(checkpoint: Path, saved: dict[str, Any], new: dict[str, An
 
 # %% ../notebooks/11b_runs.ipynb #26d31c77
 def set_aside(path: Path, why: str) -> None:
-    """Rename a checkpoint to `.WHY-step-...`, so that it is neither counted nor found again."""
+    """Rename a checkpoint to `.WHY-step-...`: it stays on disk, but no function finds it as a checkpoint."""
     aside = path.with_name(f".{why}-{path.name}")
     while aside.exists(): aside = aside.with_name(f"{aside.name}-again")
     os.replace(path, aside)
@@ -204,11 +204,11 @@ def last_good_checkpoint(folder: Path, first_bad: int) -> Path | None:
 # %% ../notebooks/11b_runs.ipynb #11ad8300
 @dataclass
 class Run:
-    """A run's folder, its newest checkpoint, and its settings; all of it read and written by rank 0 alone.
+    """A run's folder, its newest checkpoint, and its settings; only rank 0 reads and writes files.
 
-    `checkpoint` is on resume the newest sound one (its sha256 sums were checked once), later the last one
-    saved. `saved` is the trainer_state.json found on resume. `settings` are those of this start, `ranks` an
-    `optimus.ranks.Ranks`.
+    `checkpoint` is on resume the newest undamaged one (its sha256 sums were checked once), later the last
+    one saved. `saved` is the trainer_state.json found on resume, `settings` are those of the present call,
+    `ranks` is an `optimus.ranks.Ranks`.
     """
     folder: Path
     config: TrainingConfig
@@ -220,12 +220,12 @@ class Run:
 
     @classmethod
     def find(cls, config: TrainingConfig, resume: bool, ranks) -> "Run":
-        """The run that `find_run_folder` names, for all ranks. Nothing is made."""
+        """The run that `find_run_folder` names, the same on all ranks. Creates nothing."""
         return cls(ranks.on_rank_zero(lambda: find_run_folder(config, resume)), config, resume, ranks)
 
     @contextlib.contextmanager
     def open(self) -> Iterator["Run"]:
-        """Create and hold the folder; on resume find the newest checkpoint that is sound."""
+        """A context that holds the folder, created and locked; on resume it sets `checkpoint`."""
         named = replace(self.config, run_name=self.folder.name) if self.resume else self.config
         self.folder = self.ranks.on_rank_zero(lambda: create_run_folder(named, self.resume))
         self.ranks.remember_run(self.folder.name)
@@ -234,28 +234,28 @@ class Run:
             yield self
 
     def check_same(self, tokenizer: Tokenizer) -> None:
-        """Raise ValueError unless `settings` and `tokenizer` fit the checkpoint's; a new run passes."""
+        """Raise ValueError if `settings` or `tokenizer` are not the checkpoint's; a new run passes."""
         if self.checkpoint: self.ranks.on_rank_zero(lambda: _check_same_run(self, tokenizer))
 
 # %% ../notebooks/11b_runs.ipynb #bc670bf5
 def _newest_state(run: Run) -> tuple[Path | None, dict[str, Any]]:
-    """(newest sound checkpoint, its trainer state) of the held folder; (None, {}) for a run that begins."""
+    """(newest undamaged checkpoint, its trainer state) of a locked folder; (None, {}) for a new run."""
     if not run.resume:
         find_run_folder(replace(run.config, run_name=run.folder.name), resume=False)
         return None, {}
-    remove_leftovers(run.folder)  # a step that a kill left between its two names is back
+    remove_leftovers(run.folder)  # it may restore a checkpoint that a kill left under a hidden name
     newest = latest_checkpoint(run.folder)
     return newest, read_json(newest / "trainer_state.json") if newest else {}
 
 def _check_same_run(run: Run, tokenizer: Tokenizer) -> None:
-    """Raise ValueError when settings, text or tokenizer make another experiment of the saved run."""
+    """Raise ValueError if settings, texts or tokenizer would make this another experiment."""
     diverged = read_json(run.folder / "diverged.json").get("step", -1)
     check_same_settings(run.saved, run.settings, step_of(run.checkpoint) <= diverged)
     check_same_corpus(run.checkpoint, run.saved, run.settings, tokenizer)
 
 # %% ../notebooks/11b_runs.ipynb #fd6fd4f0
 def write_settings(run: Run) -> None:
-    """Write settings.json with what the run was told, for one that dies before its first checkpoint."""
+    """Write settings.json for a new run: what `saved_settings` reads until there is a checkpoint."""
     def write(): write_whole(run.folder / "settings.json", json_text(run.settings, indent=1))
     if not run.checkpoint: run.ranks.on_rank_zero(write)
 

@@ -1,9 +1,9 @@
 """Take the gradient in parts that fit, scale it, clip it, and move the weights only when it is finite.
 
-One optimizer step on one batch, whatever fits and whatever comes:
+One optimizer step on one batch, in micro-batches that fit in memory:
 
     accumulate_gradients   the gradient of the batch's mean loss, in micro-batches that fit in memory
-    TrainingState          everything that a step changes, and that a checkpoint must hold
+    TrainingState          everything that a step changes and a checkpoint must hold
     train_step             scaled, clipped, applied only when finite; out of memory halves the micro-batch
 
     >>> is_out_of_memory(RuntimeError("MPS backend out of memory"))
@@ -32,18 +32,18 @@ def accumulate_gradients(model, tokens: Tensor, targets: Tensor, micro_batch_siz
     """Add to `.grad` the gradient of the batch's mean loss, in micro-batches; return that loss, a scalar.
 
     Each micro-batch is weighted by its share of all ranks' targets (those that are not -100), so uneven ones
-    give the gradient of one pass. Only the last one exchanges gradients. With a single process no number is
-    read off the device, so the CPU does not wait here for a GPU.
+    give the gradient of one pass. Ranks exchange gradients in the last one only. With a single process no
+    number is read from a GPU, so the CPU does not wait for it here.
     """
     counted = ranks.all_sum(targets.ne(-100).sum())
     parts = list(zip(tokens.split(micro_batch_size), targets.split(micro_batch_size)))
     total = torch.zeros((), device=tokens.device)
     for i, (x, y) in enumerate(parts):
         share = y.ne(-100).sum() / counted
-        y = y.masked_fill(share == 0, 0)  # the mean over no target is not a number; this one weighs nothing
+        y = y.masked_fill(share == 0, 0)  # a mean over no targets would be NaN; its weight is 0
         with ranks.micro_batch(model, is_last=i == len(parts) - 1):
             with context: loss = ranks.loss(model, x, y) * share
-            scaled = loss * ranks.world_size  # the exchange takes the mean over ranks
+            scaled = loss * ranks.world_size  # because DDP and FSDP average over ranks
             (scaler.scale(scaled) if scaler else scaled).backward()
         total += loss.detach()
     return ranks.all_sum(total)
@@ -51,17 +51,17 @@ def accumulate_gradients(model, tokens: Tensor, targets: Tensor, micro_batch_siz
 # %% ../notebooks/12e_one_step.ipynb #8be88bc4
 @dataclass
 class TrainingState:
-    """All that a step changes. What is not in the model is saved in train_state.pt and trainer_state.json."""
+    """Everything that a training step changes: model, optimizer, loss scaler, counters."""
     model: LanguageModel
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     micro_batch_size: int
     step: int = 0            # batches taken
-    updates: int = 0         # times the optimizer moved the weights: the schedule's clock
+    updates: int = 0         # steps with a finite gradient: the learning-rate schedule counts these
     bad_steps: int = 0       # steps in a row whose gradient was not finite
     best_loss: float | None = None
     best_step: int | None = None
-    validation_due: bool = False  # a stop cut short the validation after this step
+    validation_due: bool = False  # a stop interrupted the validation after this step
     fits_on: str | None = None    # the device on which micro_batch_size was found
     ranks: Ranks = SINGLE_PROCESS
 
@@ -94,7 +94,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 def _accumulate_what_fits(state: TrainingState, tokens: Tensor, targets: Tensor, context) -> Tensor:
-    """`accumulate_gradients`, repeated with half the micro-batch size after every lack of memory.
+    """`accumulate_gradients`, repeated with half the micro-batch size each time memory runs out.
 
     Raises torch.OutOfMemoryError when a single sequence does not fit.
     """
@@ -109,13 +109,13 @@ def _accumulate_what_fits(state: TrainingState, tokens: Tensor, targets: Tensor,
                 raise torch.OutOfMemoryError("out of memory with one sequence at a time: lower max_length "
                                    "or the model's size, or set checkpointing=True") from error
             state.micro_batch_size = (state.micro_batch_size + 1) // 2
-        if tokens.is_cuda: torch.cuda.empty_cache()  # out here the tensors of the failed pass are free
+        if tokens.is_cuda: torch.cuda.empty_cache()  # after `except`, so the failed pass's tensors are free
         if tokens.is_mps: torch.mps.empty_cache()
 
 # %% ../notebooks/12e_one_step.ipynb #1a183dbe
 def train_step(state: TrainingState, tokens: Tensor, targets: Tensor, config: TrainingConfig,
                learning_rate: float, context) -> dict[str, float]:
-    """One optimizer step on one batch: scaled, clipped, applied only when finite. Returns what the log shows.
+    """One optimizer step on one batch: scaled, clipped, applied only when finite. Returns a row for the log.
 
     tokens, targets: (B, T) int64, this rank's share of the batch. Out of memory halves
     `state.micro_batch_size` and takes the batch again: the tokens per step stay the same.

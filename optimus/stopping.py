@@ -55,7 +55,7 @@ class StopRequest:
             raise interrupt
 
     def is_requested(self, enough: bool = False) -> bool:
-        """True if any rank received a signal or has had `enough`. Every rank must ask at the same place."""
+        """True if any rank received a signal or passes enough=True. All ranks must call this together."""
         enough, number = self.ranks.all_max(enough, self.signal or 0)
         self.stopped_by = number or None
         return bool(enough or number)
@@ -64,4 +64,4 @@ class StopRequest:
     def shielded(self) -> Iterator[None]:
         before, self.is_shielded = self.is_shielded, True
         yield
-        self.is_shielded = before  # not after an error: what was interrupted in here is not whole
+        self.is_shielded = before  # after an error it stays True: the block was not completed

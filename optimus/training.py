@@ -3,12 +3,12 @@
 From a model and its data to a run that survives:
 
     fit         the loop: one step a batch; log, save, validate and sample when due
-    Session     what the loop and its jobs share
+    Session     the objects that the loop and its periodic jobs share
     evaluate    the mean loss over held-out text
     train       the two configurations and a corpus in, a trained model out; exact on resume
 
 The same settings give the same losses, bit for bit, on the same CPU, also through a stop and a resume; on a GPU
-as far as its kernels add up in a fixed order.
+only as far as its kernels are deterministic.
 
     >>> total_steps(TrainingConfig(max_steps=None, num_epochs=2, batch_size=4), sequences=range(100))
     50"""
@@ -18,7 +18,7 @@ as far as its kernels add up in a fixed order.
 # %% auto #0
 __all__ = ['evaluate', 'start_or_resume', 'total_steps', 'Session', 'fit', 'training_batches', 'progress_bar', 'take_step',
            'speed_and_memory', 'give_up', 'trainer_state', 'save', 'update_saved_state', 'validate_and_sample', 'watch',
-           'validate', 'sample_text', 'sample', 'fit_and_save', 'check_fit', 'TrainingResult', 'train']
+           'validate', 'sample_text', 'sample', 'fit_and_save', 'check_training_settings', 'TrainingResult', 'train']
 
 # %% ../notebooks/12_training.ipynb #018af6a2
 import contextlib
@@ -70,18 +70,18 @@ def evaluate(model: LanguageModel, sequences: Sequences, batch_size: int, max_ba
              watch: Callable[[Iterable[int]], Iterable[int]] = iter) -> float | None:
     """Mean loss (nats per token) over held-out windows; `max_batches` > 0 takes that many, spread evenly.
 
-    `watch` passes on the numbers of the batches; the result is None if it ended before the last.
+    `watch` wraps the iteration over batch numbers (a progress bar); if it ends early, the result is None.
     """
     device, was_training = next(model.parameters()).device, model.training
     steps = range(math.ceil(len(sequences) / batch_size))
     if 0 < max_batches < len(steps): steps = [i * len(steps) // max_batches for i in range(max_batches)]
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64)  # of losses, and of the tokens they are the losses of
+    sums = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of tokens
     taken = 0
     for s in watch(steps):
         rows = list(range(s * batch_size, min((s + 1) * batch_size, len(sequences))))
         mine = rows[ranks.rank::ranks.world_size]
-        pairs = sequences.__getitems__(mine or rows[:1])  # a rank without a row still takes part
+        pairs = sequences.__getitems__(mine or rows[:1])  # a rank without rows must compute, too
         tokens, targets = (torch.stack(part).to(device) for part in zip(*pairs))
         with context or contextlib.nullcontext(): loss = ranks.loss(model, tokens, targets)
         if mine: sums += torch.tensor([loss.item() * targets.numel(), targets.numel()], dtype=torch.float64)
@@ -92,7 +92,7 @@ def evaluate(model: LanguageModel, sequences: Sequences, batch_size: int, max_ba
 
 # %% ../notebooks/12_training.ipynb #f6b27e76
 def _compile_blocks(model: LanguageModel, device: torch.device) -> None:
-    """Let torch.compile compile every block; on mps a warning and nothing else."""
+    """Compile every block with torch.compile; on mps only warn."""
     if device.type == "mps":
         warnings.warn("compile=True is not used on mps, only on a CUDA GPU or a CPU", stacklevel=2)
     else:
@@ -103,12 +103,12 @@ def start_or_resume(model_config: ModelConfig, config: TrainingConfig, device: t
                     run: Run | None = None, ranks: Ranks = SINGLE_PROCESS) -> TrainingState:
     """The training state at step 0, or at `run.checkpoint` if there is one.
 
-    Raises CheckpointError for a checkpoint that holds only what generation needs.
+    Raises CheckpointError for a checkpoint without training state.
     """
     checkpoint = ranks.load_checkpoint(run.checkpoint) if run and run.checkpoint else None
     torch.manual_seed(config.seed)
     model = checkpoint.model if checkpoint else initial_model(model_config, config.start_from)
-    model.config = model_config  # of a checkpoint what may change: whether activations are recomputed
+    model.config = model_config  # on resume only `checkpointing` may differ
     if config.compile: _compile_blocks(model, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(config.amp, device) == torch.float16)
     model, share = ranks.wrap(model, device), config.batch_size // ranks.world_size
@@ -125,7 +125,7 @@ def start_or_resume(model_config: ModelConfig, config: TrainingConfig, device: t
 # %% ../notebooks/12_training.ipynb #c15ab0ae
 def _set_micro_batch_size(state: TrainingState, config: TrainingConfig, device: torch.device,
                           run: Run | None) -> None:
-    """Take the size that was asked for, or that was found on this kind of device; else the whole share."""
+    """Set `state.micro_batch_size`: as configured, or as found on such a device, or the whole share."""
     share, here = config.batch_size // state.ranks.world_size, describe_device(device)
     found = min(state.micro_batch_size, share) if state.fits_on in (None, here) else share
     state.micro_batch_size, state.fits_on = config.micro_batch_size or found, here
@@ -141,7 +141,7 @@ def total_steps(config: TrainingConfig, sequences: Sequences) -> int:
 # %% ../notebooks/12_training.ipynb #1d65ce3a
 @dataclass
 class Session:
-    """What the loop and its jobs share: the state that a step changes, and everything around it."""
+    """The objects that the training loop and its periodic jobs (save, validate, sample) share."""
     state: TrainingState
     config: TrainingConfig
     run: Run
@@ -150,8 +150,8 @@ class Session:
     say: Callable[[str], None] = print
     on_step: Callable[[dict], Any] | None = None
     progress: bool = False
-    save_due: bool = False
-    step_began: float = 0.0  # when this process was ready for the step: waiting for data counts as its time
+    save_due: bool = False  # stays True while steps are not finite: those are not saved
+    step_began: float = 0.0  # in perf_counter seconds; includes waiting for data
 
     def __post_init__(self):
         config, corpus, device = self.config, self.data.corpus, self.state.device
@@ -170,9 +170,9 @@ class Session:
 
 # %% ../notebooks/12_training.ipynb #4265025a
 def fit(session: Session) -> None:
-    """Train until the last step or a stop request: one optimizer step a batch, and its jobs when due."""
+    """Train until the last step or a stop request: a step per batch; save, validate and sample when due."""
     state, config, stop = session.state, session.config, session.stop
-    if state.validation_due: validate_and_sample(session)  # a stop had cut it short
+    if state.validation_due: validate_and_sample(session)  # a stop interrupted it
     if stop.is_requested(): return
     with progress_bar(session) as show:
         for tokens, targets in training_batches(session):
@@ -190,7 +190,7 @@ def fit(session: Session) -> None:
 
 # %% ../notebooks/12_training.ipynb #8a30ce45
 def training_batches(session: Session) -> Iterator[tuple[Tensor, Tensor]]:
-    """(tokens, targets) of this rank, each (B / ranks, T), from the present step on; starts the clock."""
+    """(tokens, targets) of this rank, each (B / ranks, T), from the current step on; sets `step_began`."""
     state, config, ranks = session.state, session.config, session.state.ranks
     source = batches(session.train_text, config.batch_size, range(state.step, session.total_steps),
                      num_workers=config.num_workers, pin_memory=state.device.type == "cuda",
@@ -200,7 +200,7 @@ def training_batches(session: Session) -> Iterator[tuple[Tensor, Tensor]]:
 
 @contextlib.contextmanager
 def progress_bar(session: Session) -> Iterator[Callable[[dict], None]]:
-    """A function that moves the bar one step on and shows the loss and the speed of a row."""
+    """A progress bar, as a function that advances it by one step and shows the loss and speed of a row."""
     from tqdm.auto import tqdm
     with tqdm(total=session.total_steps, initial=session.state.step, disable=not session.progress,
               unit="step", dynamic_ncols=True) as bar:
@@ -217,11 +217,11 @@ def take_step(session: Session, tokens: Tensor, targets: Tensor) -> dict[str, An
     Raises FloatingPointError after ten steps in a row without a finite gradient.
     """
     state, device, vocab_size = session.state, session.state.device, session.state.model.config.vocab_size
-    check_tokens(tokens, vocab_size)  # here, because on a GPU the model in training mode does not look
+    check_tokens(tokens, vocab_size)  # before the copy: on a GPU the model does not check
     check_targets(targets, tokens, vocab_size)
     tokens, targets = (t.to(device, non_blocking=device.type == "cuda") for t in (tokens, targets))
     try: row = train_step(state, tokens, targets, session.config, session.learning_rate(), session.context)
-    except torch.OutOfMemoryError:  # any rank may be the one; all will start again with smaller micro-batches
+    except torch.OutOfMemoryError:  # on any rank; all restart with this smaller size
         write_micro_batch_hint(session.run.folder, session.config.micro_batch_size,
                                (state.micro_batch_size + 1) // 2, describe_device(device), state.ranks.rank)
         raise
@@ -243,7 +243,7 @@ def speed_and_memory(tokens: int, seconds: float, device: torch.device) -> dict[
 
 # %% ../notebooks/12_training.ipynb #a6656909
 def give_up(session: Session, row: dict[str, float]) -> None:
-    """Raise FloatingPointError with advice; note the divergence, so that a resume may lower the rate."""
+    """Write diverged.json, which lets a resume lower the rate, and raise FloatingPointError with advice."""
     state, folder = session.state, session.run.folder
     first_bad = state.step - state.bad_steps + 1
     good = state.ranks.on_rank_zero(lambda: last_good_checkpoint(folder, first_bad))
@@ -262,7 +262,7 @@ def trainer_state(session: Session) -> dict[str, Any]:
     return {**session.run.settings, "tokens": tokens, "run": session.state.json_state()}
 
 def save(session: Session) -> None:
-    """Save a checkpoint of this step; a second signal waits for it."""
+    """Save a checkpoint of this step; a second signal does not interrupt it."""
     state, run = session.state, session.run
     keep_last = None if state.bad_steps else session.config.keep_last
     with session.stop.shielded():
@@ -293,7 +293,7 @@ def validate_and_sample(session: Session) -> dict[str, float]:
     return row
 
 def watch(session: Session, batches: Iterable[int]) -> Iterator[int]:
-    """Batches of held-out text under a progress bar, until somebody asks to stop."""
+    """Yield `batches` under a progress bar, until a stop is requested on any rank."""
     from tqdm.auto import tqdm
     for number in tqdm(batches, desc="held-out text", unit="batch", leave=False, delay=1,
                        dynamic_ncols=True, disable=not session.progress):
@@ -330,7 +330,7 @@ def sample_text(model: LanguageModel, tokenizer: Tokenizer, corpus: PreparedCorp
     return prompt + "".join(itertools.takewhile(lambda piece: not stopped(), pieces))
 
 def sample(session: Session) -> None:
-    """Say and log a sample of this step's model; rank 0 alone writes it."""
+    """Generate a sample with this step's model, log it and pass it to `say`, on rank 0; all ranks call it."""
     state, data = session.state, session.data
     model = state.ranks.gather_model(state.model)
     if state.ranks.rank: return
@@ -357,9 +357,9 @@ def fit_and_save(session: Session) -> list[dict[str, Any]]:
     return session.log.rows
 
 # %% ../notebooks/12_training.ipynb #50491d5d
-def check_fit(model_config: ModelConfig, config: TrainingConfig, device: torch.device,
+def check_training_settings(model_config: ModelConfig, config: TrainingConfig, device: torch.device,
               ranks: Ranks) -> None:
-    """Raise ValueError for settings that do not fit together, or not this machine."""
+    """Raise ValueError for settings that contradict each other or that this machine cannot run."""
     check_device(device)
     amp_dtype(config.amp, device)
     if config.max_length > model_config.rope_seq_len:
@@ -399,19 +399,19 @@ def train(model_config: ModelConfig, training_config: TrainingConfig, *, resume:
           ranks: Ranks = SINGLE_PROCESS, spread: Ranks | None = None) -> TrainingResult:
     """Train a LanguageModel; returns it with its history and its last checkpoint.
 
-    The two configurations and the corpus decide everything: the same call gives the same losses, and a run
+    The two configurations and the corpus determine everything: the same call gives the same losses, and a run
     that was stopped or killed continues with `resume=True` as if nothing had happened. `corpus` (default:
     load `dataset_name`) is a dataset with a `text` column. `on_step(row)` is called after every step; a true
-    answer ends the run after a save, as Ctrl-C and SIGTERM do. `ranks` (formerly `spread`) is what
+    result ends the run after a save, as Ctrl-C and SIGTERM do. `ranks` (formerly `spread`) is what
     `optimus.distributed.join` returns. Raises ValueError for settings that do not fit together,
     CheckpointError when nothing can be written or trusted, FloatingPointError after ten bad steps in a row.
     """
     config, ranks = training_config, spread or ranks
     device = torch.device(device or ranks.device or best_device())
-    check_fit(model_config, config, device, ranks)
+    check_training_settings(model_config, config, device, ranks)
     run = Run.find(config, resume, ranks)
     def read(): return prepare_data(model_config, config, run, corpus, tokenizer, say)
-    data = None if resume else ranks.on_rank_zero(read)  # one that cannot be read leaves no folder
+    data = None if resume else ranks.on_rank_zero(read)  # before the folder: an unreadable corpus makes none
     with run.open():
         data = data or ranks.on_rank_zero(read)  # on resume with the checkpoint's own tokenizer
         run.settings = _settings_of(model_config, config, data)

@@ -278,7 +278,7 @@ def test_sliders_move_the_bars_without_a_model_call(hand):
     until(lambda: hand.lab.python("panel.temperature.value") == 1.5, "the temperature")
     hand.lab.python("panel.join(30) and setattr(panel, 'calls', 0)")
     count = "lambda *_: setattr(panel, 'calls', panel.calls + 1)"
-    hand.lab.python(f"[panel.writer.texts.items[0].generation.reader.model.register_forward_hook({count})].clear()")
+    hand.lab.python(f"[panel.writer.texts.items[0].generation.cached_model.model.register_forward_hook({count})].clear()")
     handle = hand.slider("top-p").locator(".noUi-handle")
     handle.focus()
     for key, times in (("ArrowLeft", 15), ("ArrowRight", 5)):
@@ -287,7 +287,7 @@ def test_sliders_move_the_bars_without_a_model_call(hand):
         top_p += 0.01 * times * (1 if key == "ArrowRight" else -1)
         until(lambda p=top_p: hand.lab.python("panel.top_p.value") == pytest.approx(p), "the slider")
         until(lambda old=before: hand.find(".optimus-head").inner_text() != old, "other survivors")
-    survivors = hand.lab.python("panel.view.bars.value.count('optimus-bar in')")
+    survivors = hand.lab.python("panel.next_token_view.bars.value.count('optimus-bar in')")
     assert hand.survivors() == survivors and hand.lab.python("panel.calls") == 0
 
 
@@ -336,7 +336,7 @@ def test_html_in_the_text_stays_text(hand):
 def test_a_bar_writes_its_token(hand):
     hand.write_prompt("The public")
     until(lambda: hand.lab.python("panel.join(30) and panel.written") == "The public", "the draft")
-    labels = hand.lab.python("[button.description for button in panel.view.buttons]")
+    labels = hand.lab.python("[button.description for button in panel.next_token_view.buttons]")
     until(lambda: hand.find(".optimus-pick").all_inner_texts() == labels, "the bars of this text")
     label = labels[1]
     hand.find(".optimus-pick").nth(1).click()

@@ -201,7 +201,7 @@ def test_a_lost_connection_keeps_what_came_and_the_next_call_goes_on(hub, error,
     assert "\n" not in str(found.value)
     read = []
     hub.stream = Dropping(10)
-    monkeypatch.setattr(module, "_until_lost", lambda rows, lost, real=module._until_lost: real(
+    monkeypatch.setattr(module, "_until_error", lambda rows, lost, real=module._until_error: real(
         (read.append(row) or row for row in rows), lost))
     corpus = load_corpus("a/b", size=9)
     assert corpus["text"][:] == [f"document {i}" for i in range(9)]

@@ -165,7 +165,7 @@ def test_generate_asks_a_twin_of_the_same_weights_and_mode_and_weights_stay_the_
         torch.testing.assert_close(twin(tokens[:, t:t + 1], cache)[:, 0], whole[:, t], rtol=1e-4, atol=1e-4)
     with torch.no_grad(): model.head.weight.mul_(0.5)  # a training step later
     torch.testing.assert_close(twin(tokens), model(tokens), rtol=1e-4, atol=1e-4)
-    assert isinstance(Generation(model, tokens, 3).reader.model.head, RowLinear)
+    assert isinstance(Generation(model, tokens, 3).cached_model.model.head, RowLinear)
 
 
 def test_the_twin_is_made_only_where_it_pays(monkeypatch):

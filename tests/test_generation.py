@@ -547,7 +547,7 @@ def test_a_text_grows_beyond_what_was_foreseen_and_past_the_window(kind, room):
         drawn = torch.tensor([step % V, 3])
         with_cache.append(drawn)
         without.append(drawn)
-    assert with_cache.text.tokens[:, 4:].tolist() == [[i % V for i in range(2 * WINDOW)], [3] * 2 * WINDOW]
+    assert with_cache.buffer.tokens[:, 4:].tolist() == [[i % V for i in range(2 * WINDOW)], [3] * 2 * WINDOW]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -557,7 +557,7 @@ def test_an_interrupted_question_can_be_repeated(kind, after, place, monkeypatch
     """Interrupted before or after a pass of the model: that of the prompt, or that of the last token."""
     model, passes = make_model(kind), []
     generation, calm = (Generation(model, prompt(), 5) for _ in range(2))
-    asked = type(generation.reader.model)
+    asked = type(generation.cached_model.model)
     original = asked.hidden
     def hidden(self, *args, **options):
         passes.append(self)
@@ -569,7 +569,7 @@ def test_an_interrupted_question_can_be_repeated(kind, after, place, monkeypatch
         patched.setattr(asked, "hidden", hidden)
         with pytest.raises(KeyboardInterrupt): generation.next_logits()
     torch.testing.assert_close(generation.next_logits(), calm.next_logits())
-    assert generation.reader.cache.length == calm.reader.cache.length == 5
+    assert generation.cached_model.cache.length == calm.cached_model.cache.length == 5
 
 
 def test_the_model_is_asked_once_a_position_and_sampling_writes_nothing():
@@ -577,9 +577,9 @@ def test_the_model_is_asked_once_a_position_and_sampling_writes_nothing():
     model.register_forward_hook(lambda *_: calls.append(1))
     generation = Generation(model, prompt(), 5, use_cache=False, seed=0)
     for _ in range(3): drawn = generation.sample(Sampling(top_k=2))
-    assert len(calls) == 1 and torch.equal(generation.text.tokens, prompt())
+    assert len(calls) == 1 and torch.equal(generation.buffer.tokens, prompt())
     generation.append(drawn)
-    assert generation.text.tokens[:, -1].tolist() == drawn.tolist() and generation.text.length == 6
+    assert generation.buffer.tokens[:, -1].tolist() == drawn.tolist() and generation.buffer.length == 6
     assert generation.sample(Sampling(temperature=0)).tolist() == [V - 1] * 2 and len(calls) == 2
 
 

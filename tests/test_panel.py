@@ -77,7 +77,7 @@ def with_model(panel, model):
 
 
 def transcript(panel, column=0): return panel.writer.texts.items[column]
-def reader(panel): return transcript(panel).generation.reader
+def reader(panel): return transcript(panel).generation.cached_model
 def plain(page): return html.unescape(re.sub("<[^>]*>", "", page))
 
 
@@ -97,7 +97,8 @@ def test_html_in_prompt_and_continuation_is_text(panel, tokenizer):
     written = run(panel, prompt, max_new_tokens=len(tokenizer.encode(EVIL)))
     assert written == prompt + EVIL == plain(panel.text.value)
     run(panel, EVIL, max_new_tokens=3)
-    for page in (panel.text.value, panel.view.bars.value, panel.view.head.value, panel.message.value):
+    shown = panel.next_token_view
+    for page in (panel.text.value, shown.bars.value, shown.head.value, panel.message.value):
         assert "<img" not in page and "<script" not in page
     assert html.escape(EVIL) in panel.text.value
 
@@ -179,7 +180,8 @@ def test_a_character_of_several_tokens_is_one_piece(panel, tokenizer):
 def test_end_of_text_ends_the_run_and_is_not_shown(panel, tokenizer, script):
     with_model(panel, Scripted([*tokenizer.encode(script), tokenizer.eos_token_id]))
     assert run(panel, "x", temperature=0.0) == f"x{script}"
-    assert "end of text" in panel.status.value and "‹end of text›" in panel.view.buttons[0].description
+    assert "end of text" in panel.status.value
+    assert "‹end of text›" in panel.next_token_view.buttons[0].description
 
 
 def test_settings_moved_during_a_run_hold_from_the_next_token_on(panel, tokenizer):
@@ -237,7 +239,7 @@ def test_the_whole_text_is_there_before_generate_can_be_pressed_again(panel):
 def test_a_last_drawing_that_fails_leaves_the_buttons_usable(panel, monkeypatch):
     def broken(final=True): raise OSError("no screen")
     with monkeypatch.context() as patch:
-        patch.setattr(panel.screen, "draw", broken)
+        patch.setattr(panel.renderer, "draw", broken)
         run(panel, "x", max_new_tokens=2)
     assert not panel.generate_button.disabled and "no screen" in panel.message.value
     run(panel, "The", max_new_tokens=3)
@@ -277,7 +279,7 @@ def test_a_new_panel_stops_the_run_of_the_old_one(panel, tokenizer):
 def test_prompt_edits_and_bars_do_not_disturb_a_run(panel, tokenizer):
     slow(panel, tokenizer)
     panel.prompt.value = "another"
-    panel.view.buttons[3].click()
+    panel.next_token_view.buttons[3].click()
     panel.compare.value = True
     before = len(panel.written)
     until(lambda: len(panel.written) > before + 5)
@@ -431,7 +433,7 @@ def test_outside_a_notebook_a_panel_that_nobody_holds_is_freed(tokenizer, tmp_pa
         panel = GenerationPanel(model, tokenizer, "the")
         run(panel, max_new_tokens=3)
         gone.append(weakref.ref(panel))
-    gone.append(weakref.ref(panel.view))
+    gone.append(weakref.ref(panel.next_token_view))
     kept = GenerationPanel(model, tokenizer)
     del panel
     gc.collect()
@@ -565,27 +567,27 @@ def test_a_slider_moves_the_bars_without_asking_the_model(panel):
     calls, seen = counted(panel), set()
     for name, value in (("temperature", 1.5), ("top_p", 0.3), ("top_p", 0.9), ("min_p", 0.2), ("top_k", 3)):
         getattr(panel, name).value = value
-        seen.add((panel.view.bars.value, panel.view.head.value))
-    assert not calls and len(seen) == 5 and panel.view.bars.value.count("optimus-bar in") <= 3
+        seen.add((panel.next_token_view.bars.value, panel.next_token_view.head.value))
+    assert not calls and len(seen) == 5 and panel.next_token_view.bars.value.count("optimus-bar in") <= 3
 
 
 @pytest.mark.parametrize("row", [0, 2, 19])
 def test_a_bar_writes_its_token(panel, tokenizer, row):
     panel.prompt.value = "the"
     panel.join(30)
-    i, bars = panel.view.ids[row], panel.view.bars.value
-    assert panel.view.buttons[row].description == token_label(tokenizer, i)
-    panel.view.buttons[row].click()
+    i, bars = panel.next_token_view.ids[row], panel.next_token_view.bars.value
+    assert panel.next_token_view.buttons[row].description == token_label(tokenizer, i)
+    panel.next_token_view.buttons[row].click()
     assert panel.join(30)
     draft = transcript(panel)
-    assert draft.generation.text.tokens.tolist() == [[*tokenizer.encode("the"), i]]
-    assert panel.view.bars.value != bars and draft.pieces[0].ids == [i]
+    assert draft.generation.buffer.tokens.tolist() == [[*tokenizer.encode("the"), i]]
+    assert panel.next_token_view.bars.value != bars and draft.pieces[0].ids == [i]
 
 
 def test_two_quick_clicks_on_a_bar_write_it_once(panel):
     panel.prompt.value = "the"
     panel.join(30)
-    for _ in range(2): panel.view.buttons[1].click()
+    for _ in range(2): panel.next_token_view.buttons[1].click()
     panel.join(30)
     assert sum(len(p.ids) for p in transcript(panel).pieces) == 1
 
@@ -594,7 +596,7 @@ def test_the_end_of_text_bar_ends_the_text(panel, tokenizer):
     with_model(panel, Scripted([tokenizer.eos_token_id]))
     panel.prompt.value = "x"
     panel.join(30)
-    panel.view.buttons[0].click()
+    panel.next_token_view.buttons[0].click()
     assert panel.join(30) and panel.written == "x" and "end of text" in panel.status.value
 
 
@@ -608,16 +610,18 @@ def test_two_settings_stand_side_by_side(panel, tokenizer):
         assert plain(column.text.value) == "the ship" + "".join(wanted)
     assert b.box.layout.display is None
     a.top_p.value = 0.9
-    assert "settings A" in panel.view.head.value
+    assert "settings A" in panel.next_token_view.head.value
     b.top_p.value = 0.6
-    assert "settings B" in panel.view.head.value and panel.view.ids == panel.screen.kept[1][1]
-    panel.view.buttons[0].click()
+    assert "settings B" in panel.next_token_view.head.value
+    assert panel.next_token_view.ids == panel.renderer.last_logits[1][1]
+    panel.next_token_view.buttons[0].click()
     panel.join(30)
     first, second = (sum(len(piece.ids) for piece in transcript(panel, i).pieces) for i in (0, 1))
     assert (first, second) == (25, 26)
     panel.compare.value = False
     panel.join(30)
-    assert b.box.layout.display == "none" and "settings" not in panel.view.head.value.split("</b>")[0]
+    assert b.box.layout.display == "none"
+    assert "settings" not in panel.next_token_view.head.value.split("</b>")[0]
 
 
 def test_the_same_settings_side_by_side_write_the_same(panel):
@@ -629,7 +633,7 @@ def test_the_same_settings_side_by_side_write_the_same(panel):
 
 def test_the_status_counts_bytes_and_tokens(panel, tokenizer):
     run(panel, "the ship", max_new_tokens=7)
-    cache, length = reader(panel).cache, transcript(panel).generation.text.length
+    cache, length = reader(panel).cache, transcript(panel).generation.buffer.length
     assert cache.max_length == 61 and cache.length == length
     held = cache.nbytes * cache.length // 61
     for words in (f"cache {held / 1024:.0f} of {cache.nbytes / 1024:.0f} kB", "tokens/s",

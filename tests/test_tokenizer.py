@@ -123,7 +123,7 @@ def test_no_pre_token_is_long_while_training():
     rng = random.Random(0)
     text = "".join(["".join(rng.choices("ACGT", k=100_000)), " short words here ", " " * 5000, "1" * 3000,
                     "a-b_" * 900, "\n", "猫" * 1000, "word " * 30_000])
-    parts = list(module._learnable([text, "short"]))
+    parts = list(module._training_parts([text, "short"]))
     assert "".join(parts) == text + "short" and max(map(len, parts)) <= 2**16
     split = TOKENIZERS[0].backend.pre_tokenizer.pre_tokenize_str
     assert max(len(word) for part in parts for word, _ in split(part)) <= 4 * 256  # bytes of four each
@@ -139,7 +139,7 @@ def test_training_is_interrupted_while_the_library_works():
             done.wait(30)
             self.fed += texts
     done, began = threading.Event(), threading.active_count()
-    with pytest.raises(KeyboardInterrupt): module._learn(Backend(), None, ["a"] * 1000)
+    with pytest.raises(KeyboardInterrupt): module._train_in_thread(Backend(), None, ["a"] * 1000)
     done.set()
     while threading.active_count() > began: time.sleep(0.01)
     assert Backend.fed == []  # it was told to stop
