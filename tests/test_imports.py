@@ -102,3 +102,9 @@ def test_notebooks_need_no_more_than_the_plain_install():
         used = {re.split(r"[ .]", line)[1] for line in lines} - set(sys.stdlib_module_names) - {"optimus"}
         used -= {name for name in used if f"{name}.py" in text}  # files that the notebook writes
         assert used <= installed | brought, f"{path.name} needs {sorted(used - installed - brought)}"
+
+
+def test_modules_are_small():
+    files = [path for path in (ROOT / "optimus").rglob("*.py") if path.name != "_modidx.py"]
+    lines = sorted(len(path.read_text(encoding="utf-8").splitlines()) for path in files)
+    assert lines[len(lines) // 2] <= 180 and lines[-1] <= 430
