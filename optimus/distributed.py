@@ -40,6 +40,7 @@ from torch.utils._pytree import tree_map
 
 from .checkpoint import Checkpoint, load_checkpoint
 from .config import ModelConfig, count_parameters
+from .pretrained import model_from, weights_of
 from .ranks import SINGLE_PROCESS, Ranks
 from .transformer import LanguageModel
 
@@ -244,12 +245,8 @@ def _full_on_rank_zero(ranks: FSDPRanks, x: Any) -> Any:
 
 def _gather_model(ranks: FSDPRanks, model: LanguageModel) -> LanguageModel:
     """On rank 0 a plain model with the full weights, on its CPU; elsewhere the sharded model."""
-    state = ranks.gather(model.state_dict())
-    if ranks.rank: return model
-    with torch.device("meta"): plain = LanguageModel(model.config)
-    plain.load_state_dict(state, assign=True)
-    if model.config.tie_embeddings: plain.head.weight = plain.embedding.weight
-    return plain
+    weights = ranks.gather(weights_of(model))
+    return model if ranks.rank else model_from(LanguageModel, model.config, weights, "the gathered model")
 
 # %% ../notebooks/14_scale_out.ipynb #9825f67d
 def restart_count() -> int:
