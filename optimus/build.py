@@ -272,7 +272,7 @@ def tests_folder() -> Path | None:
     folder = Path(importlib.util.find_spec("optimus").origin).parent.parent / "tests"
     return folder if (folder / "test_rope.py").is_file() else None
 
-def run_tests(name: str, which: str = "core", limit: float = 60.0) -> dict[str, Any]:
+def run_tests(name: str, which: str = "core", limit: float = 300.0) -> dict[str, Any]:
     """The counts of `run_plugged_tests` in another process: {"passed", "failed", "first"}.
 
     ValueError where the tests or pytest are missing, after `limit` seconds, and when the process dies.
@@ -289,7 +289,7 @@ def run_tests(name: str, which: str = "core", limit: float = 60.0) -> dict[str, 
     try: done = subprocess.run([sys.executable, "-c", code, name, which, str(folder)], cwd=folder.parent,
                                env=environment, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
-        raise ValueError(f"its {which} tests did not end in {limit:.0f} seconds") from None
+        raise ValueError(f"the tests ({which}) did not end in {limit:.0f} seconds") from None
     try: return json.loads(done.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):
         raise ValueError(f"the tests could not run: {done.stderr.strip()[-300:]}") from None
@@ -362,6 +362,7 @@ def check_piece(name: str, tests: Callable = run_tests) -> int:
     """Judge a piece, print what was found; 0 if it is yours now, else 1."""
     known, begun = find_piece(name), time.perf_counter()
     verdict = first_verdict(known.name)
+    if verdict and "not yet yours:" in verdict: return print(f"{known.name}: {verdict}") or 1
     if verdict: return print(f"{known.name}: not right. {verdict[0].upper()}{verdict[1:]}") or 1
     print(f"{known.name}: all {len(known.properties)} properties hold "
           f"({time.perf_counter() - begun:.1f} s). Now the project's own tests ...", flush=True)
