@@ -4,6 +4,7 @@ Modules:
 
 - `optimus.attention`: Let every position read a weighted mean of the positions before it.
 - `optimus.bench`: Let ours and `transformers` take turns on the same weights, and print each figure beside what the machine allows.
+- `optimus.build`: Write a layer in a file of your own, have it judged in one sentence, and the course's model runs on it.
 - `optimus.cache`: Remember what each layer made of the past, so that a new token costs the work of one token.
 - `optimus.checkpoint`: Write down everything the next step depends on, whole or not at all, and load only what proves to be undamaged.
 - `optimus.config`: Write every size down once, refuse what cannot work, and predict cost before anything is built.
@@ -27,6 +28,9 @@ Modules:
 - `optimus.panel_lifetime`: A cell is run again, a kernel is interrupted, Python ends: each time a run must stop and its panel be freed.
 - `optimus.panel_style`: Colours that follow JupyterLab's, rows that wrap where the window is narrow, and one button that the browser must run.
 - `optimus.panel_view`: Every slider, button and page in its place; nothing happens yet.
+- `optimus.pieces`: A piece is a name of the package, a few sentences that must hold, and for each sentence a small experiment.
+- `optimus.pieces_attention`: Positions, groups, latents: what must hold is said of small tensors, and each sentence catches one mistake.
+- `optimus.pieces_model`: Bookkeeping is judged by what it must not do: advance too early, copy, or change anything when it refuses.
 - `optimus.pretrained`: A saved model is two files, sizes and weights, and the weights are used only if their names and shapes fit the sizes.
 - `optimus.prompt_loop`: A line is a prompt, a line with a slash is a setting, and nothing that is typed can end the program by accident.
 - `optimus.ranks`: Everything that processes must do together goes through one object; with a single process it does nothing.

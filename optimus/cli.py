@@ -27,7 +27,7 @@ from optimus.runs import find_checkpoint, find_run_folder, saved_settings
 from optimus.steps import is_out_of_memory
 
 CHECKPOINTS = TrainingConfig.checkpoint_dir
-NAMES = ("train", "generate", "export", "bench", "info")
+NAMES = ("train", "generate", "export", "bench", "info", "build")
 
 
 @dataclass
@@ -128,6 +128,9 @@ def run(argv: list[str]) -> int:
     try:
         check_words(argv)
         if argv == ["--version"]: return print(f"optimus {version('optimus')}") or 0
+        if argv[:1] == ["build"]:
+            from optimus.build import command as build
+            return build(argv[1:])
         command = parse(argv)
         if isinstance(command, Train): return train(command)
         if isinstance(command, Bench): return bench(command)
@@ -177,6 +180,7 @@ def parse(argv: list[str]) -> Train | Generate | Export | Bench | Info:
             command, unknown = tyro.cli(
                 commands, prog="optimus", args=argv, config=(tyro.conf.OmitSubcommandPrefixes,),
                 return_unknown_args=True, description="Train, run, export and inspect small language models. "
+                                                      "optimus build: write one yourself. "
                                                       "optimus --version prints the version.")
     except SystemExit as end:
         lines = box.getvalue().strip().splitlines()[1:]  # without the box's title

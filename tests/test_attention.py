@@ -39,6 +39,7 @@ def random_layer(dim=24, num_heads=6, num_kv_heads=2, **kwargs):
     return layer
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("H, H_kv", [(6, 6), (6, 3), (6, 2), (6, 1)])
 @pytest.mark.parametrize("T", [1, 3, S])
 def test_attend_equals_the_loop_for_every_grouping_and_past(H, H_kv, T):
@@ -48,6 +49,7 @@ def test_attend_equals_the_loop_for_every_grouping_and_past(H, H_kv, T):
     torch.testing.assert_close(attend(q, k, v, pos), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.core
 def test_a_query_in_the_middle_of_the_past_does_not_see_what_comes_after_it():
     q, k, v = random_qkv(2, 6, 2)
     pos = torch.tensor([2, 4])
@@ -55,6 +57,7 @@ def test_a_query_in_the_middle_of_the_past_does_not_see_what_comes_after_it():
     torch.testing.assert_close(attend(q, k, v, pos), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.core
 def test_each_row_of_the_batch_has_its_own_positions():
     q, k, v = random_qkv(3, 6, 2)
     pos = torch.tensor([[0, 2, 6], [3, 4, 5]])
@@ -62,6 +65,7 @@ def test_each_row_of_the_batch_has_its_own_positions():
     torch.testing.assert_close(attend(q, k, v, pos), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("D_v", [3, 5, 11])
 @pytest.mark.parametrize("T", [3, S])
 def test_values_may_be_narrower_or_wider_than_keys_and_the_scale_may_be_given(D_v, T):
@@ -71,6 +75,7 @@ def test_values_may_be_narrower_or_wider_than_keys_and_the_scale_may_be_given(D_
     torch.testing.assert_close(attend(q, k, v, pos, scale=0.37), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.core
 def test_the_mask_compares_positions():
     assert causal_mask(torch.tensor([1, 3]), 4).int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
     assert causal_mask(torch.tensor([[0], [2]]), 3).int().tolist() == [[[1, 0, 0]], [[1, 1, 1]]]
@@ -86,6 +91,7 @@ def test_attend_keeps_the_dtype_and_rounds_a_few_times_at_most(dtype, T):
     torch.testing.assert_close(y.double(), exact, rtol=0, atol=8 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("T", [3, S])
 def test_gradients_of_attend(T):
     inputs = [z.requires_grad_() for z in random_qkv(T, 6, 2, D_v=3)]
@@ -108,6 +114,7 @@ def llama(layer, dtype=torch.float32):
     return lambda x, pos: theirs(x, position_embeddings=rope(x, pos), attention_mask=None)[0]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("dim, H, H_kv, theta",
                          [(42, 3, 3, 1e4), (60, 6, 3, 1e4), (60, 6, 2, 37.0), (28, 7, 1, 1e4)])
 def test_the_layer_is_llamas(dim, H, H_kv, theta):
@@ -125,6 +132,7 @@ def test_the_layer_is_llamas_in_bfloat16():
     torch.testing.assert_close(y, expected, rtol=0, atol=atol)
 
 
+@pytest.mark.core
 def test_groups_are_multi_head_attention_with_copied_heads():
     gqa, mha = random_layer(24, 6, 2).double(), random_layer(24, 6, 6).double()
     weights = gqa.state_dict()
@@ -136,6 +144,7 @@ def test_groups_are_multi_head_attention_with_copied_heads():
     torch.testing.assert_close(gqa(x, pos), mha(x, pos), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.core
 def test_only_distances_count_in_each_row():
     layer = random_layer().double()
     x, pos = torch.randn(B, S, 24).double(), torch.arange(S)
@@ -144,6 +153,7 @@ def test_only_distances_count_in_each_row():
     assert (layer(x, 3 * pos) - layer(x, pos)).abs().max() > 0.01  # and they do count
 
 
+@pytest.mark.core
 def test_a_later_token_changes_nothing_before_it():
     layer = random_layer()
     x, pos = torch.randn(B, S, 24), torch.arange(S)
@@ -153,6 +163,7 @@ def test_a_later_token_changes_nothing_before_it():
     assert changed.tolist() == [False] * 4 + [True] * 3
 
 
+@pytest.mark.core
 def test_gradients_of_the_layer():
     layer = random_layer(12, 3, 1).double()
     x = torch.randn(B, 3, 12, dtype=torch.double, requires_grad=True)
@@ -161,6 +172,7 @@ def test_gradients_of_the_layer():
     assert all(p.grad.abs().max() > 0 for p in layer.parameters())
 
 
+@pytest.mark.core
 def test_dropout_falls_on_the_output_and_only_in_training():
     layer = random_layer(dropout=0.5)
     x, pos = torch.randn(B, S, 24), torch.arange(S)

@@ -59,6 +59,7 @@ def run_split(kind, x, cuts, cache):
 def close(a, b): torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.core
 def test_every_split_of_13_tokens_gives_the_full_pass(kind, x):
     """By induction over the 91 chunks: right outputs, and the cache left as the full pass leaves it."""
     pos, whole = torch.arange(T), kind.cache()
@@ -75,11 +76,13 @@ def test_every_split_of_13_tokens_gives_the_full_pass(kind, x):
             assert mine[:, :, b:].eq(0).all()  # nothing is written beyond the chunk
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("prefill", range(1, T + 1))
 def test_prefill_then_single_steps_give_the_full_pass(kind, x, prefill):
     close(run_split(kind, x, [0, *range(prefill, T + 1)], kind.cache()), run(kind, x, torch.arange(T)))
 
 
+@pytest.mark.core
 def test_random_chunks_in_one_reused_cache_give_the_full_pass(kind, x):
     cache, full = kind.cache(max_length=T + 4), run(kind, x, torch.arange(T))
     draw = random.Random(0)
@@ -90,6 +93,7 @@ def test_random_chunks_in_one_reused_cache_give_the_full_pass(kind, x):
         close(run_split(kind, x, cuts, cache), full)
 
 
+@pytest.mark.core
 def test_the_latent_cache_holds_what_transformers_holds(x):
     from transformers import DeepseekV2Config, DynamicCache
     from transformers.models.deepseek_v2 import modeling_deepseek_v2 as deepseek
@@ -116,6 +120,7 @@ def test_the_latent_cache_holds_what_transformers_holds(x):
     torch.testing.assert_close(cache.k_rope[0], their_cache.layers[0].values[:, 0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("dtype, size", [(torch.float64, 8), (torch.float32, 4), (torch.bfloat16, 2)])
 def test_bytes_are_the_formula(dtype, size):
     kv, latent = KVCache(3, 2, 13, 5, 7, dtype=dtype), LatentCache(3, 2, 13, 11, 4, dtype=dtype)
@@ -124,6 +129,7 @@ def test_bytes_are_the_formula(dtype, size):
     assert kv.k.dtype == kv.v.dtype == latent.c_kv.dtype == latent.k_rope.dtype == dtype
 
 
+@pytest.mark.core
 def test_the_tensors_are_layers_batch_slots():
     kv, latent = KVCache(3, 2, 13, 5, 7), LatentCache(3, 2, 13, 11, 4)
     assert kv.k.shape == kv.v.shape == (3, 2, 13, 5, 7)
@@ -150,6 +156,7 @@ def test_too_many_tokens_are_refused_and_nothing_changes(kind, x, before, given)
     assert cache.length == before
 
 
+@pytest.mark.core
 def test_exactly_max_length_tokens_fit(kind, x):
     cache = kind.cache()
     run_split(kind, x, [0, T - 1, T], cache)
@@ -169,6 +176,7 @@ def test_another_kind_of_layer_is_refused(x):
     with pytest.raises(ValueError): LatentCache(L, B, T, 7, 2).layer(0).update(torch.zeros(B, T, 7))
 
 
+@pytest.mark.core
 def test_a_layer_writes_its_own_slots_and_does_not_advance(kind, x):
     cache = kind.cache()
     with torch.no_grad(): kind.layers[1](x[:, :5], torch.arange(5), cache.layer(1))
@@ -178,6 +186,7 @@ def test_a_layer_writes_its_own_slots_and_does_not_advance(kind, x):
         assert store[1, :, :5].ne(0).all()
 
 
+@pytest.mark.core
 def test_a_pass_that_fails_half_way_can_be_repeated(kind, x):
     cache = kind.cache()
     run(kind, x[:, :5], torch.arange(5), cache)
@@ -186,6 +195,7 @@ def test_a_pass_that_fails_half_way_can_be_repeated(kind, x):
     close(run(kind, x[:, 5:], torch.arange(5, T), cache), run(kind, x, torch.arange(T))[:, 5:])
 
 
+@pytest.mark.core
 def test_update_copies_nothing_of_the_past():
     cache = KVCache(3, 2, 13, 5, 7)
     cache.length = 9
@@ -194,6 +204,7 @@ def test_update_copies_nothing_of_the_past():
     assert k.data_ptr() == cache.k[2].data_ptr() and v.data_ptr() == cache.v[2].data_ptr()
 
 
+@pytest.mark.core
 def test_the_cache_keeps_numbers_and_no_graph(kind, x):
     cache = kind.cache()
     y = kind.layers[0](x, torch.arange(T), cache.layer(0))  # gradients are on

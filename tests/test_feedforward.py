@@ -26,12 +26,14 @@ def by_hand(mlp, token):
     return [sum(w * h for w, h in zip(row, hidden)) for row in down]
 
 
+@pytest.mark.core
 def test_is_the_loop_over_one_token_at_a_time(mlp):
     mlp, x = mlp.double(), 3 * torch.randn(B, T, C, dtype=torch.double)
     loop = torch.tensor([[by_hand(mlp, token) for token in row] for row in x.tolist()], dtype=torch.double)
     torch.testing.assert_close(mlp(x), loop, rtol=0, atol=1e-13)
 
 
+@pytest.mark.core
 def test_agrees_with_llama_and_takes_its_state_dict(mlp):
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaMLP
@@ -42,12 +44,14 @@ def test_agrees_with_llama_and_takes_its_state_dict(mlp):
     torch.testing.assert_close(mlp(x), theirs(x), rtol=8 * EPS, atol=8 * EPS)
 
 
+@pytest.mark.core
 def test_has_three_matrices_and_nothing_else(mlp):
     assert {name: tuple(p.shape) for name, p in mlp.named_parameters()} == {
         "gate_proj.weight": (HIDDEN, C), "up_proj.weight": (HIDDEN, C), "down_proj.weight": (C, HIDDEN)}
     assert set(mlp.state_dict()) == set(dict(mlp.named_parameters()))
 
 
+@pytest.mark.core
 def test_two_hidden_units_multiply_two_numbers():
     mlp = SwiGLU(2, 2)
     mlp.load_state_dict({"gate_proj.weight": torch.tensor([[1.0, 0], [-1, 0]]),
@@ -57,12 +61,14 @@ def test_two_hidden_units_multiply_two_numbers():
     torch.testing.assert_close(mlp(x)[:, 0], x.prod(-1), rtol=4 * EPS, atol=0)
 
 
+@pytest.mark.core
 def test_no_token_sees_another_and_any_leading_axes_will_do(mlp):
     x = torch.randn(B, T, 5, C)
     torch.testing.assert_close(mlp(x)[1, 2, 3], mlp(x[1, 2, 3]), rtol=8 * EPS, atol=8 * EPS)
     assert mlp(x[:0]).shape == (0, T, 5, C)
 
 
+@pytest.mark.core
 def test_dropout_zeroes_outputs_and_scales_the_rest_up_while_training():
     torch.manual_seed(0)
     p = 0.3
@@ -74,6 +80,7 @@ def test_dropout_zeroes_outputs_and_scales_the_rest_up_while_training():
     assert (~kept).all(-1).float().mean() < 0.01  # each number on its own, not whole tokens: p**7 is 0.0002
 
 
+@pytest.mark.core
 def test_no_dropout_in_eval_mode_or_by_default():
     torch.manual_seed(0)
     dropping, plain, x = SwiGLU(C, HIDDEN, dropout=0.9).eval(), SwiGLU(C, HIDDEN), torch.randn(B, T, C)
@@ -97,6 +104,7 @@ def test_autocast_runs_float32_weights_in_bfloat16(mlp):
     torch.testing.assert_close(y.float(), mlp(x), rtol=0, atol=4 * torch.finfo(torch.bfloat16).eps)
 
 
+@pytest.mark.core
 def test_gradient(mlp):
     mlp, x = mlp.double(), torch.randn(B, C, dtype=torch.double, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, *_: mlp(x), (x, *mlp.parameters()))

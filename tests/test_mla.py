@@ -57,6 +57,7 @@ class Memory:
         return self.kept
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("theta", [10000.0, 37.0])
 def test_both_forms_are_deepseeks_attention(shape, theta):
@@ -79,6 +80,7 @@ def test_both_forms_are_deepseeks_attention_in_bfloat16():
         torch.testing.assert_close(y, expected, rtol=0, atol=atol)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("prefill", range(1, T))
 def test_token_by_token_on_the_latents_is_deepseeks_full_pass(prefill):
     layer, memory = random_layer(dtype=torch.float32), Memory()
@@ -90,6 +92,7 @@ def test_token_by_token_on_the_latents_is_deepseeks_full_pass(prefill):
     assert sum(part[0, 0].numel() for part in memory.kept) == 22 + 6
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("new", [1, 5, T])
 def test_absorbed_equals_expanded_on_any_past(shape, new):
@@ -99,6 +102,7 @@ def test_absorbed_equals_expanded_on_any_past(shape, new):
     torch.testing.assert_close(layer.absorbed(*parts), layer.expanded(*parts), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.core
 def test_each_row_sees_up_to_its_own_position():
     layer = random_layer()
     x, pos = inputs()
@@ -116,6 +120,7 @@ def test_each_row_sees_up_to_its_own_position():
         torch.testing.assert_close(form(*q, *memory, rows), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.core
 def test_decoding_builds_no_key_or_value(monkeypatch):
     layer, memory = random_layer(), Memory()
     x, pos = inputs()
@@ -126,6 +131,7 @@ def test_decoding_builds_no_key_or_value(monkeypatch):
     layer(x[:, 6:], pos[6:], memory)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("new", [64, 65])
 def test_the_border_between_the_two_forms_cannot_be_seen(new):
     layer, S = random_layer(), 70
@@ -151,6 +157,7 @@ def test_absorbed_keeps_the_dtype_and_rounds_a_few_times_at_most(dtype, ulps):
     torch.testing.assert_close(y.double(), exact, rtol=0, atol=atol)
 
 
+@pytest.mark.core
 def test_gradients_of_both_forms_agree_and_are_right():
     layer = random_layer()
     x, pos = inputs()
@@ -165,6 +172,7 @@ def test_gradients_of_both_forms_agree_and_are_right():
         assert torch.autograd.gradcheck(forward, small, fast_mode=True)
 
 
+@pytest.mark.core
 def test_only_distances_count():
     layer = random_layer()
     x, pos = inputs()
@@ -173,6 +181,7 @@ def test_only_distances_count():
     assert (layer(x, 3 * pos) - layer(x, pos)).abs().max() > 0.01  # and they do count
 
 
+@pytest.mark.core
 def test_a_later_token_changes_nothing_before_it():
     layer = random_layer()
     x, pos = inputs()
@@ -182,6 +191,7 @@ def test_a_later_token_changes_nothing_before_it():
         assert (a != b).any(-1).any(0).tolist() == [False] * 4 + [True] * 9
 
 
+@pytest.mark.core
 def test_a_token_is_remembered_as_rank_plus_rope_numbers_after_the_norm():
     layer = random_layer()
     x, pos = inputs()
@@ -191,6 +201,7 @@ def test_a_token_is_remembered_as_rank_plus_rope_numbers_after_the_norm():
                                rtol=1e-5, atol=0)
 
 
+@pytest.mark.core
 def test_dropout_falls_on_the_output_and_only_in_training():
     layer = random_layer(dropout=0.5)
     x, pos = inputs()

@@ -39,6 +39,7 @@ def test_low_precision_gain_multiplies_before_the_one_rounding(norm, dtype):
     torch.testing.assert_close(norm(x).double(), exact, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-7)
 
 
+@pytest.mark.core
 def test_agrees_with_llama_and_takes_its_state_dict(norm):
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -48,12 +49,14 @@ def test_agrees_with_llama_and_takes_its_state_dict(norm):
     torch.testing.assert_close(norm(x), theirs(x), rtol=8 * torch.finfo(x.dtype).eps, atol=0)
 
 
+@pytest.mark.core
 def test_forgets_scale_but_not_shift(norm):
     x = torch.randn(B, T, C)
     torch.testing.assert_close(norm(10 * x), norm(x), rtol=1e-4, atol=1e-5)
     assert (norm(x + 10) - norm(x)).abs().max() > 0.1
 
 
+@pytest.mark.core
 @settings(deadline=None, max_examples=50)
 @given(size=st.floats(0.1, 1e15), width=st.sampled_from([1, 2, 5, 61]), seed=st.integers(0, 999))
 def test_a_new_norm_gives_every_token_size_one(size, width, seed):
@@ -62,6 +65,7 @@ def test_a_new_norm_gives_every_token_size_one(size, width, seed):
     torch.testing.assert_close(y.pow(2).mean(-1), torch.ones(T), rtol=2e-4, atol=0)
 
 
+@pytest.mark.core
 def test_no_token_sees_another(norm):
     x = torch.randn(B, T, C)
     changed = x.clone()
@@ -69,16 +73,19 @@ def test_no_token_sees_another(norm):
     assert torch.equal(norm(changed)[:, :-1], norm(x)[:, :-1])
 
 
+@pytest.mark.core
 def test_zero_stays_zero(norm):
     assert norm(torch.zeros(B, T, C)).eq(0).all()
 
 
+@pytest.mark.core
 def test_gradient(norm):
     x = torch.randn(B, T, C, dtype=torch.double, requires_grad=True)
     norm = norm.double()
     assert torch.autograd.gradcheck(lambda x, _: norm(x), (x, norm.weight))
 
 
+@pytest.mark.core
 def test_any_number_of_leading_axes(norm):
     x = torch.randn(B, T, 5, C)
     torch.testing.assert_close(norm(x)[1, 2, 3], norm(x[1, 2, 3]))
@@ -108,6 +115,7 @@ def test_sizes_that_make_no_norm_are_refused(dim, eps):
     with pytest.raises(ValueError, match=f"eps at least 0, got {dim} and {eps}"): RMSNorm(dim, eps)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("eps", [0.0, 1e-3, 0.5])
 def test_eps_is_the_one_given(eps):
     x = torch.randn(B, T, C) / 10

@@ -46,10 +46,12 @@ def test_is_a_complex_multiplication_by_hand(x, theta, interleaved):
     torch.testing.assert_close(y, by_hand(x.double(), POS, theta, interleaved), rtol=0, atol=1e-11)
 
 
+@pytest.mark.core
 def test_defaults_are_theta_10000_and_interleaved(x):
     assert torch.equal(apply_rope(x, POS), apply_rope(x, POS, 10000.0, True))
 
 
+@pytest.mark.core
 def test_half_split_is_the_rotation_of_transformers_llama(x):
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
@@ -63,6 +65,7 @@ def test_half_split_is_the_rotation_of_transformers_llama(x):
         torch.testing.assert_close(y, theirs.transpose(1, 2), rtol=8 * eps, atol=8 * eps)
 
 
+@pytest.mark.core
 def test_interleaved_is_the_rotation_of_transformers_deepseek_v2(x):
     from transformers import DeepseekV2Config
     from transformers.models.deepseek_v2 import modeling_deepseek_v2 as theirs_v2
@@ -89,6 +92,7 @@ def test_scores_depend_on_the_distance_only(interleaved, m, n, shift, seed):
     torch.testing.assert_close(score(m + shift, n + shift), score(m, n), rtol=0, atol=1e-9)
 
 
+@pytest.mark.core
 @LAYOUTS
 def test_keeps_lengths_and_is_the_identity_at_position_0(x, interleaved):
     y = apply_rope(x, POS, interleaved=interleaved)
@@ -96,6 +100,7 @@ def test_keeps_lengths_and_is_the_identity_at_position_0(x, interleaved):
     assert torch.equal(apply_rope(x, torch.zeros(T, dtype=torch.long), interleaved=interleaved), x)
 
 
+@pytest.mark.core
 @LAYOUTS
 def test_positions_of_shape_T_serve_every_row(x, interleaved):
     for b in range(B):
@@ -103,11 +108,16 @@ def test_positions_of_shape_T_serve_every_row(x, interleaved):
         assert torch.equal(alone[b], apply_rope(x, POS, interleaved=interleaved)[b])
 
 
+@pytest.mark.core
 @LAYOUTS
 def test_any_chunk_of_the_sequence_can_be_rotated_alone(x, interleaved):
     whole = apply_rope(x, POS, interleaved=interleaved)
     parts = [apply_rope(x[:, t:t + 1], POS[:, t:t + 1], interleaved=interleaved) for t in range(T)]
     assert torch.equal(torch.cat(parts, 1), whole)
+
+
+@LAYOUTS
+def test_no_token_at_all_gives_none(x, interleaved):
     assert apply_rope(x[:, :0], POS[:, :0], interleaved=interleaved).shape == (B, 0, H, D)
 
 
@@ -155,6 +165,7 @@ def test_works_on_the_device_of_x(x, interleaved):
     assert y.device.type == "meta" and y.shape == x.shape
 
 
+@pytest.mark.core
 @LAYOUTS
 def test_input_is_not_changed_and_strides_do_not_matter(x, interleaved):
     before = x.clone()
@@ -167,6 +178,7 @@ def test_input_is_not_changed_and_strides_do_not_matter(x, interleaved):
 C = 11
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("interleaved", [True, False], ids=["half_to_interleaved", "interleaved_to_half"])
 def test_permuted_weights_keep_every_score(interleaved):
     torch.manual_seed(0)
@@ -181,6 +193,7 @@ def test_permuted_weights_keep_every_score(interleaved):
     assert not torch.allclose(scores((W_q, W_k), interleaved), scores((W_q, W_k), not interleaved))
 
 
+@pytest.mark.core
 def test_permute_rope_is_the_conversion_of_transformers_and_is_undone_by_its_other_direction():
     weight = torch.randn(H * D, C)
     half = permute_rope(weight, D, interleaved=False)

@@ -62,6 +62,7 @@ def in_transformers(model):
     return theirs.eval()
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("changes", [
     dict(), dict(tie_embeddings=False, norm_eps=1e-3), dict(rope_theta=50.0, num_layers=1),
     dict(compression_ratio=0.1), dict(num_attention_heads=3, compression_ratio=0.3, intermediate_size=None),
@@ -76,6 +77,7 @@ def test_logits_equal_those_of_transformers(changes):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradients_equal_those_of_transformers(kind):
     model = make_model(kind)
@@ -94,6 +96,7 @@ def test_loss_and_gradients_equal_those_of_transformers(kind):
 
 # Blocks, sizes, and the first weights
 
+@pytest.mark.core
 def test_the_blocks_differ_in_their_attention_only():
     mla = MLATransformerBlock(ModelConfig(**SIZES))
     gqa = TransformerBlock(ModelConfig(**SIZES | {"attention": "gqa"}))
@@ -105,6 +108,7 @@ def test_the_blocks_differ_in_their_attention_only():
     assert [type(x) for x in mla.children()] == [type(x) for x in gqa.children()]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kind, block", [("mla", MLATransformerBlock), ("gqa", TransformerBlock)])
 def test_the_configuration_reaches_every_part(kind, block):
     model = LanguageModel(ModelConfig(**SIZES | {"attention": kind, "dropout": 0.3, "norm_eps": 1e-3,
@@ -119,6 +123,7 @@ def test_the_configuration_reaches_every_part(kind, block):
         assert model.blocks[0].attention.kv_norm.eps == model.blocks[0].attention.q_norm.eps == 1e-6
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("changes", [dict(), dict(attention="gqa"), dict(tie_embeddings=False),
                                      dict(intermediate_size=None)])
 def test_parameters_are_those_predicted(changes):
@@ -126,6 +131,7 @@ def test_parameters_are_those_predicted(changes):
     assert model.num_parameters() == count_parameters(model.config)["total"]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_writers_of_the_stream_start_smaller_by_the_root_of_their_number(kind):
     torch.manual_seed(0)
@@ -140,6 +146,7 @@ def test_the_writers_of_the_stream_start_smaller_by_the_root_of_their_number(kin
             assert abs(p.mean().item()) < 6 * std / p.numel() ** 0.5, name
 
 
+@pytest.mark.core
 def test_a_new_model_is_unsure():
     torch.manual_seed(0)
     model = LanguageModel(ModelConfig(vocab_size=997, embedding_dim=60, num_attention_heads=5, num_layers=2,
@@ -149,6 +156,7 @@ def test_a_new_model_is_unsure():
     assert abs(model.loss(tokens[:, :-1], tokens[:, 1:]).item() - math.log(997)) < 0.05
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("tie", [True, False])
 def test_a_tied_head_is_the_embedding(tie):
     model = make_model(tie_embeddings=tie)
@@ -159,6 +167,7 @@ def test_a_tied_head_is_the_embedding(tie):
 
 # Positions and caches
 
+@pytest.mark.core
 @pytest.mark.parametrize("kind", KINDS)
 def test_cached_equals_full_for_every_split(kind):
     model, tokens = make_model(kind), draw_tokens()
@@ -172,6 +181,7 @@ def test_cached_equals_full_for_every_split(kind):
             assert cache.length == T
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kind", KINDS)
 def test_cached_in_chunks_equals_full(kind):
     model, tokens = make_model(kind), draw_tokens()
@@ -182,6 +192,7 @@ def test_cached_in_chunks_equals_full(kind):
             torch.testing.assert_close(torch.cat(parts, 1), model(tokens), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("last", [1, 2, 9])
 def test_only_the_last_positions_cost_their_last_feedforward(kind, last):
@@ -212,6 +223,7 @@ def test_the_cache_takes_the_models_dtype_and_sizes(kind, dtype):
     with torch.no_grad(): assert model(draw_tokens(B, 7), cache).dtype == dtype and cache.length == 7
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_token_sees_a_later_one_or_another_row(kind):
     model, tokens = make_model(kind), draw_tokens()
@@ -221,6 +233,7 @@ def test_no_token_sees_a_later_one_or_another_row(kind):
     assert moved[0, 7:].all() and not moved[0, :7].any() and not moved[1].any()
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_distances_count(kind):
     model, tokens = make_model(kind), draw_tokens()
@@ -296,6 +309,7 @@ def test_bad_targets_say_what_is_wrong(targets, words):
 
 # Loss and checkpointing
 
+@pytest.mark.core
 @pytest.mark.parametrize("dtype, close", [(torch.float32, dict(rtol=1e-4, atol=1e-6)),
                                           (torch.float64, dict(rtol=1e-12, atol=1e-14))])
 @pytest.mark.parametrize("N", [1, 7, 256, 613])
@@ -318,6 +332,7 @@ def test_the_loss_is_pytorchs_with_its_gradients(N, dtype, close):
     with torch.no_grad(): torch.testing.assert_close(lm_loss(hidden, weight, targets), ours)
 
 
+@pytest.mark.core
 def test_large_logits_do_not_overflow():
     hidden, targets = torch.full((3, 1), 200.0, requires_grad=True), torch.tensor([0, 1, 2])
     weight = torch.tensor([[1.0], [-1.0], [0.5]])
@@ -479,6 +494,7 @@ def test_the_fused_loss_is_the_same(monkeypatch):
             torch.testing.assert_close(*pair, rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=1e-5)
 
 
+@pytest.mark.core
 def test_the_loss_of_a_model_is_that_of_its_logits():
     model, tokens, targets = make_model(), draw_tokens(), draw_tokens().flip(1)
     targets[0, 3:] = -100
@@ -518,6 +534,7 @@ def test_checkpointing_keeps_less_and_runs_only_in_training():
     assert kept_numbers(make_model(checkpointing=True).eval()) == kept[False]
 
 
+@pytest.mark.core
 def test_dropout_acts_in_training_only():
     model, tokens = make_model(dropout=0.5), draw_tokens()
     assert torch.equal(model(tokens), model(tokens))
