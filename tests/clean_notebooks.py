@@ -5,7 +5,6 @@
 --check writes nothing and exits 1 if a notebook is not clean. --execute runs each notebook first.
 """
 import argparse
-import os
 import re
 import sys
 from pathlib import Path
@@ -42,8 +41,7 @@ def execute(nb):
 
     NotebookClient(nb, timeout=600, kernel_name="python3", skip_cells_with_tag="nbval-skip",
                    kernel_manager_class=Manager,
-                   resources={"metadata": {"path": str(ROOT / "notebooks")}}
-                   ).execute(env={**os.environ, "TQDM_DISABLE": "1"})  # bars appear where work takes long
+                   resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
 
 
 def join_streams(outputs):

@@ -217,7 +217,7 @@ def test_the_projects_own_tests_judge_a_piece(capsys):
     assert re.search(r"core (\d+) of \1\. It is yours", said) and "finish " in said
     write("SwiGLU", answer("SwiGLU").replace("gate * torch.sigmoid(gate)", "torch.relu(gate)"))
     counts = run_tests("SwiGLU")
-    assert counts["failed"] > 2 and counts["first"].startswith("test_")
+    assert counts["failed"] >= 1 and counts["first"].startswith("test_")
 
 
 def test_without_tests_or_tools_the_first_verdict_still_works(monkeypatch):
