@@ -34,7 +34,7 @@ def places(edges: dict[str, set[str]]) -> dict[str, tuple[float, float]]:
             wanted = {m: sum(x[n] for n in neighbours[m]) / max(1, len(neighbours[m])) for m in row}
             middle = sum(wanted.values()) / len(row)
             for i, module in enumerate(sorted(row, key=lambda m: (wanted[m], m))):
-                x[module] = middle + (i - (len(row) - 1) / 2) * 1.6
+                x[module] = middle + (i - (len(row) - 1) / 2) * 1.9
     return {module: (x[module], level) for level, row in rows.items() for module in row}
 
 
