@@ -43,7 +43,7 @@ def main(path: Path = ROOT / "notebooks" / "images" / "modules.png") -> None:
     place = places(edges)
     colour = {module: c for module, n in NUMBER.items() for _, span, c in PARTS if n in span}
     arrow = dict(arrowstyle="-|>", color="0.72", lw=0.8, mutation_scale=7)
-    fig, ax = plt.subplots(figsize=(9, 9))
+    fig, ax = plt.subplots(figsize=(11, 9))
     for module, names in edges.items():
         for name in names:
             (x, y), (end, low) = place[module], place[name]
