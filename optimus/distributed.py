@@ -83,7 +83,6 @@ class TorchrunRanks(Ranks):
         return self.store.get("run").decode() if self.store.check(["run"]) else None
 
     def all_ranks_ran_out(self, error: Exception) -> bool: return hasattr(error, "on_all_ranks")
-
     def load_checkpoint(self, folder: Path) -> Checkpoint: return _load_checkpoint(self, folder)
 
     def shard_optimizer_state(self, state, optimizer) -> dict:

@@ -31,13 +31,14 @@ import ipywidgets as widgets
 from torch import nn
 
 from .checkpoint import CheckpointError, latest_checkpoint, step_folders
-from .data import load_tokenizer, shipped_models
+from .devices import best_device
 from .generation import Sampling, check_settings
 from .next_token import Transcript, likeliest, next_token, status_line
 from .panel_lifetime import Worker, close_children, end_all_runs, register, weak_callback
 from .panel_view import PanelView
-from .training import best_device
-from .transformer import LanguageModel, widened_on_cpu
+from .pretrained import shipped_models, widened_on_cpu
+from .tokenizer import load_tokenizer
+from .transformer import LanguageModel
 
 # %% ../notebooks/16_generation_panel.ipynb #99cbeb6f
 @dataclass(frozen=True)
@@ -132,7 +133,6 @@ class Writer:
         self.worker.submit("run", lambda: self._run(request))
 
     def stop(self) -> None: self.stopping = True  # no lock: it may be held when a signal handler calls this
-
     def edit(self, name: str, change: Callable[[Transcripts], None]) -> None:
         """Call `change(texts)` after a run under way; it replaces a waiting edit of the same name."""
         self.worker.submit(name, lambda: (change(self.texts), self.on_change(True)))

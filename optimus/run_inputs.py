@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from .config import ModelConfig, TrainingConfig
-from .data import PreparedCorpus, Tokenizer, load_corpus, load_tokenizer, prepare, train_tokenizer
+from .corpus import load_corpus
 from .runs import Run
+from .token_files import PreparedCorpus, prepare
+from .tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from .transformer import LanguageModel
 
 # %% ../notebooks/12g_run_inputs.ipynb #cba05025

@@ -30,9 +30,9 @@ from typing import Any
 from .checkpoint import (CheckpointError, json_text, latest_checkpoint, remove_leftovers, step_folders,
                                 step_of, write_whole)
 from .config import ModelConfig, TrainingConfig
-from .data import Tokenizer, load_tokenizer
 from .files import read_json
 from .pretrained import find_folder, shipped_models
+from .tokenizer import Tokenizer, load_tokenizer
 
 # %% ../notebooks/11b_runs.ipynb #46afbd89
 def _newest_run(root: Path, numbers: dict[Path, int]) -> str:

@@ -40,7 +40,7 @@ from torch import Tensor
 from .checkpoint import (CheckpointError, json_text, prune, save_checkpoint, step_of,
                                 update_trainer_state, write_whole)
 from .config import ModelConfig, TrainingConfig
-from .data import PreparedCorpus, Sequences, Tokenizer, batches
+from .data import Sequences, batches
 from .devices import (allow_tf32, amp_dtype, autocast, best_device, check_device, describe_device,
                              isolated_rng)
 from .generation import stream
@@ -52,6 +52,8 @@ from .runs import (Run, last_good_checkpoint, micro_batch_hint, set_aside_newer,
                           write_micro_batch_hint, write_settings)
 from .steps import TrainingState, train_step
 from .stopping import StopRequest
+from .token_files import PreparedCorpus
+from .tokenizer import Tokenizer
 from .transformer import LanguageModel, check_targets, check_tokens
 
 # %% ../notebooks/12_training.ipynb #cfe16ae3

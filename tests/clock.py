@@ -1,6 +1,6 @@
-"""Notebooks under a clock that runs wrong: what they show must not change. The tests are in test_clock_*.py,
+"""Notebooks under a clock that runs wrong: what they show must not change.
 
-four files, because the tests of one file run in one process.
+The tests are in test_clock_*.py, four files, because the tests of one file run in one process.
 """
 import configparser
 import re

@@ -42,6 +42,12 @@ def pytest_configure(config):
 def pytest_unconfigure(config): config.kernels.cleanup()
 
 
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """Prepared data of a test goes to its own folder."""
+    monkeypatch.setenv("OPTIMUS_CACHE", str(tmp_path / "cache"))
+
+
 def is_cell(item) -> bool: return item.path.suffix == ".ipynb"
 
 

@@ -18,10 +18,7 @@ from optimus.corpus import load_corpus, rows_of
 from optimus.text_files import END_OF_TEXT
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Prepared data of a test goes to its own folder."""
-    monkeypatch.setenv("OPTIMUS_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_the_built_in_corpus_is_whole():

@@ -14,10 +14,7 @@ from small_corpora import small_corpus, small_tokenizer
 from optimus.data import Sequences, batches, prepare
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Prepared data of a test goes to its own folder."""
-    monkeypatch.setenv("OPTIMUS_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

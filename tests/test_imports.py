@@ -40,7 +40,7 @@ def imported_modules(source: str) -> set[str]:
 
 def imports_of(module: str) -> set[str]:
     found = imported_modules((ROOT / "optimus" / f"{module}.py").read_text(encoding="utf-8"))
-    return found - {"exercises"}  # a package of its own, whose judge imports no module
+    return found - {"exercises"}  # a package of its own; its judge imports only files
 
 
 def test_every_module_comes_from_one_notebook():

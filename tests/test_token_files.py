@@ -29,10 +29,7 @@ from optimus.token_files import exact_parts, prepare, split_documents
 from optimus.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Prepared data of a test goes to its own folder."""
-    monkeypatch.setenv("OPTIMUS_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

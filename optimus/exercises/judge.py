@@ -34,6 +34,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import write_atomically
+
 # %% ../../notebooks/exercises/judge.ipynb #78c97b1a
 @dataclass(frozen=True)
 class Exercise:
@@ -225,13 +227,7 @@ def remember(name: str) -> None:
     """Add a name to the file; a home that cannot be written is no reason to stop."""
     path, names = progress_file(), passed()
     if name in names: return
-    half = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        half.write_text(json.dumps(sorted(names | {name}), indent=1), encoding="utf-8")
-        os.replace(half, path)
-    except OSError:
-        with contextlib.suppress(OSError): half.unlink(missing_ok=True)
+    with contextlib.suppress(OSError): write_atomically(path, json.dumps(sorted(names | {name}), indent=1))
 
 # %% ../../notebooks/exercises/judge.ipynb #fe3d6a37
 def progress() -> None:
